@@ -1,0 +1,567 @@
+"""Proximal Policy Optimization: reuse each batch for several updates, held near its own policy.
+
+Derivations: "Proximal Policy Optimization (PPO)", "Importance Sampling", "Do We Actually Need the
+KL Term?", "The PPO Clip Objective", "Problems with the Clip Objective", "The Asymmetric Clip: DAPO".
+
+    1.  Initialise the policy π_θ and the critic V_φ.
+    2.  Let μ = π_θ act for T steps in each of N environments.
+    3.  Advantages A^μ by generalised advantage estimation, returns G = A^μ + V_φ.
+    4.  K times, for each of M minibatches of the batch:
+    5.      r(θ) = π_θ(a|s) / μ(a|s)
+    6.      L = E[min(r A^μ, clip(r, 1 - ε_low, 1 + ε_high) A^μ)]   or   E[r A^μ] - α KL(μ ‖ π_θ)
+    7.      One Adam step on θ, φ up the gradient of  L + c_H H(π_θ) - c_V E[(V_φ - G)²]
+    8.      After each pass over the batch: leave if the estimated KL(μ ‖ π_θ) exceeds its target.
+    9.  Update the running statistics of the observations; repeat from 2.
+
+Notation: s -> obs -> (T+1, N, obs_dim);  a -> actions -> (T, N) or (T, N, action_dim);
+r_t, A^μ, G -> rewards, advantages, returns -> (T, N);  V_φ -> values -> (T+1, N);
+r(θ), log π_θ, log μ -> ratio, logp, logp_old -> (B,), the samples of a minibatch.
+
+Beyond the document: GAE(λ) (Schulman et al. 2016, arXiv 1506.02438), of which the document's
+one-step advantage is λ = 0; standardised advantages, entropy bonus, gradient-norm clip, linear
+learning-rate decay and normalised observations and rewards, as in the author's code. The value loss
+is not clipped. A time limit (truncated) cuts the trace but not the value: only terminated does.
+
+Paper: Schulman et al. 2017, Proximal Policy Optimization Algorithms, arXiv 1707.06347.
+"""
+
+import math
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from typing import Literal, NoReturn
+
+import gymnasium as gym
+import numpy as np
+import torch
+import torch.distributed as dist
+import tyro
+from torch import Tensor, nn
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+SCRIPT = "ppo"
+ACTION_SPACES = (gym.spaces.Discrete, gym.spaces.Box)
+
+
+@dataclass
+class Args:
+    total_timesteps: int = 100_000  # environment steps, over all environments and processes
+    num_envs: int = 8  # N, environments, shared out among torchrun's processes
+    num_steps: int = 128  # T, steps of each environment between updates
+    epochs: int = 4  # K, passes over each batch
+    minibatches: int = 4  # M, minibatches, hence Adam steps, in a pass
+    clip_low: float = 0.2  # ε_low: the ratio is clipped to [1 - ε_low, 1 + ε_high]
+    clip_high: float | None = None  # ε_high; None: equal to ε_low
+    objective: Literal["clip", "kl"] = "clip"  # or: surrogate, not clipped, minus α KL(μ ‖ π_θ)
+    alpha: float = 1.0  # α, weight of that KL penalty; 0 leaves the surrogate without constraint
+    target_kl: float = 0.0  # end the passes when KL(μ ‖ π_θ) exceeds this; 0: never
+    gamma: float = 0.99  # γ, the discount
+    gae_lambda: float = 0.95  # λ: 0 is the one-step advantage, 1 the Monte Carlo one
+    learning_rate: float = 1e-3  # Adam's step size
+    anneal_lr: bool = (
+        True  # decay it linearly to 0 at --total-timesteps (a raised one stretches it)
+    )
+    entropy_coef: float = 0.0  # c_H, weight of the entropy bonus
+    value_coef: float = 0.5  # c_V, weight of the value loss
+    max_grad_norm: float = 0.5  # clip of the gradient's global norm
+    norm_obs: bool = False  # normalise observations by their running mean and variance
+    norm_rewards: bool = False  # divide rewards by the running deviation of the discounted return
+    hidden: int = 64  # units in each of the two hidden layers
+
+    env_id: str = "CartPole-v1"  # gymnasium id; module:Name-v0 imports module first
+    seed: int = 1  # same seed, same machine: same weights, bit for bit
+    device: Literal["cpu", "cuda"] = "cpu"  # small networks are faster on the CPU
+    run_dir: str = ""  # default: runs/<env-id>__<script>__<seed>__<time>
+    eval_episodes: int = 20  # episodes in each evaluation, greedy or mean action
+    eval_every: int = 0  # also evaluate every so many steps; 0: only at the end
+    capture_video: bool = False  # record the evaluation episodes to <run-dir>/videos
+    checkpoint_every: int = 50_000  # steps between checkpoints; 0: only at the end
+    resume: str = ""  # checkpoint to continue from, its options being the defaults
+
+
+# Networks -----------------------------------------------------------------------------------------
+
+
+class RunningNorm(nn.Module):
+    """Normalise by the running mean and variance of everything given to update."""
+
+    def __init__(self, *shape: int):
+        super().__init__()
+        self.register_buffer("count", torch.zeros((), dtype=torch.float64))
+        self.register_buffer("mean", torch.zeros(shape))
+        self.register_buffer("var", torch.ones(shape))
+
+    @torch.no_grad()
+    def update(self, x: Tensor) -> None:
+        """Fold in x, (B, *shape), by its sums around the present mean: these add over processes."""
+        d = x.double() - self.mean
+        n, d_sum, d2_sum = torch.full_like(self.count, len(x)), d.sum(0), (d * d).sum(0)
+        all_mean(n, d_sum, d2_sum)
+        total, shift = self.count + n, d_sum / (self.count + n)
+        self.var.copy_(((self.count * self.var + d2_sum) / total - shift**2).clamp(min=0))
+        self.mean += shift
+        self.count += n
+
+    def forward(self, x: Tensor) -> Tensor:
+        return ((x - self.mean) / (self.var + 1e-8).sqrt()).clamp(-10, 10)
+
+
+def mlp(norm: nn.Module, inputs: int, hidden: int, outputs: int, gain: float) -> nn.Sequential:
+    """norm, two tanh layers, one linear layer; orthogonal weights, the last ones times gain."""
+    layers = [nn.Linear(inputs, hidden), nn.Linear(hidden, hidden), nn.Linear(hidden, outputs)]
+    for layer, scale in zip(layers, (math.sqrt(2), math.sqrt(2), gain), strict=True):
+        nn.init.orthogonal_(layer.weight, scale)
+        nn.init.zeros_(layer.bias)
+    return nn.Sequential(norm, layers[0], nn.Tanh(), layers[1], nn.Tanh(), layers[2])
+
+
+class SoftmaxPolicy(nn.Module):
+    """π_θ(a|s) = softmax of h_θ(s, ·), over a Discrete space."""
+
+    def __init__(self, norm: nn.Module, obs_dim: int, space: gym.spaces.Discrete, hidden: int):
+        super().__init__()
+        self.space, self.norm = space, norm
+        self.logits = mlp(norm, obs_dim, hidden, int(space.n), 0.01)
+
+    def act(self, obs: Tensor, greedy: bool = False) -> Tensor:
+        """a ~ π_θ(·|s), as the argmax of h + Gumbel noise; or argmax_a π_θ(a|s). (..., )."""
+        logits = self.logits(obs)
+        noise = 0 if greedy else -torch.empty_like(logits).exponential_().log()
+        return (logits + noise).argmax(-1)
+
+    def log_prob(self, obs: Tensor, action: Tensor) -> tuple[Tensor, Tensor]:
+        """log π_θ(a|s) and the entropy of π_θ(·|s), each (...)."""
+        logits = self.logits(obs)
+        return softmax_log_prob(logits, action), softmax_entropy(logits)
+
+    def to_env(self, action: Tensor) -> np.ndarray:
+        """What the environments take for action, (N,)."""
+        return action.cpu().numpy() + self.space.start
+
+
+class GaussianPolicy(nn.Module):
+    """π_θ(a|s) = N(a | μ_θ(s), diag σ²), over a Box, in units where finite bounds are -1 and 1."""
+
+    def __init__(self, norm: nn.Module, obs_dim: int, space: gym.spaces.Box, hidden: int):
+        super().__init__()
+        bounded = np.isfinite(space.low) & np.isfinite(space.high)
+        low, high = np.where(bounded, space.low, -1), np.where(bounded, space.high, 1)
+        self.space, self.scale, self.shift = space, (high - low) / 2, (high + low) / 2
+        self.norm, self.mean = norm, mlp(norm, obs_dim, hidden, low.size, 0.01)
+        self.log_std = nn.Parameter(torch.zeros(low.size))
+
+    def act(self, obs: Tensor, greedy: bool = False) -> Tensor:
+        """a ~ π_θ(·|s), not clipped to the bounds, or its mean; (..., action_dim)."""
+        mean = self.mean(obs)
+        return mean if greedy else mean + self.log_std.exp() * torch.randn_like(mean)
+
+    def log_prob(self, obs: Tensor, action: Tensor) -> tuple[Tensor, Tensor]:
+        """log π_θ(a|s), (...), and the entropy of π_θ(·|s), the same for all s, ()."""
+        return gaussian_log_prob(self.mean(obs), self.log_std, action), gaussian_entropy(
+            self.log_std
+        )
+
+    def to_env(self, action: Tensor) -> np.ndarray:
+        """What the environments take for action: in their units, within bounds, (N, *shape)."""
+        action = action.cpu().numpy().reshape(-1, *self.space.shape) * self.scale + self.shift
+        return action.clip(self.space.low, self.space.high).astype(self.space.dtype)
+
+
+def make_policy(envs: gym.vector.VectorEnv, hidden: int, norm_obs: bool) -> nn.Module:
+    """The policy for the spaces of envs."""
+    obs_dim, space = envs.single_observation_space.shape[0], envs.single_action_space
+    policy = SoftmaxPolicy if isinstance(space, gym.spaces.Discrete) else GaussianPolicy
+    return policy(RunningNorm(obs_dim) if norm_obs else nn.Identity(), obs_dim, space, hidden)
+
+
+# Equations ----------------------------------------------------------------------------------------
+
+
+def softmax_log_prob(logits, action):
+    """log π(a|s) = h(s, a) - log Σ_b exp h(s, b)   [Softmax Policy, eq. 2]
+
+    logits h: (..., A); action: (...), integers in [0, A). Returns (...), in nats.
+    """
+    return logits.log_softmax(-1).gather(-1, action.unsqueeze(-1)).squeeze(-1)
+
+
+def softmax_entropy(logits):
+    """H(π(·|s)) = E_a[-log π(a|s)]   [What is Maximum Entropy RL?, eq. 3]
+
+    logits h: (..., A). Returns (...), in nats.
+    """
+    logp = logits.log_softmax(-1)
+    return -(logp.exp() * logp).sum(-1)
+
+
+def gaussian_log_prob(mean, log_std, action):
+    """log π(a|s) = -½ (a - μ)ᵀ Σ⁻¹ (a - μ) + C,  Σ = diag σ²   [Gaussian Policy, eq. 8]
+
+    mean μ, action: (..., d); log_std log σ: (d,). Returns (...), in nats, with the constant C.
+    """
+    z = (action - mean) / log_std.exp()
+    return -(0.5 * z**2 + log_std + 0.5 * math.log(2 * math.pi)).sum(-1)
+
+
+def gaussian_entropy(log_std):
+    """H(π(·|s)) = Σ_j (log σ_j + ½ log 2πe)   [What is Maximum Entropy RL?, eq. 3]
+
+    log_std log σ: (d,). Returns (), in nats.
+    """
+    return (log_std + 0.5 * math.log(2 * math.pi * math.e)).sum()
+
+
+def discounted_sums(rewards, valid, start, gamma):
+    """R_t = r_t + γ R_{t-1}, from 0 in each episode; its deviation is the scale of the rewards.
+
+    It looks back where the return of [Rewards and Returns, eq. 3] looks ahead, as in the author's
+    code. rewards, valid (False on reset steps): (T, N); start, R before them: (N,). Returns (T, N).
+    """
+    sums = [start]
+    for reward, keep in zip(rewards, gamma * valid, strict=True):
+        sums.append(reward + keep * sums[-1])
+    return torch.stack(sums[1:])
+
+
+def gae(rewards, values, terminated, truncated, gamma, gae_lambda):
+    """A_t = δ_t + γλ (1 - ended_t) A_{t+1},   δ_t = r_t + γ (1 - terminated_t) V(s_{t+1}) - V(s_t)
+
+    δ_t: [Review: Actor-Critic and the Advantage Function, eq. 2]; A_t: Schulman et al. 2016, eq. 16.
+    Both kinds of end cut the trace, terminated alone the value of the successor.
+    rewards, terminated, truncated: (T, N); values, V of s_0 to s_T: (T+1, N). Returns (T, N), in
+    units of reward: those of reset steps are meaningless, and no other advantage reads them.
+    """
+    deltas = rewards + gamma * ~terminated * values[1:] - values[:-1]
+    traces = gamma * gae_lambda * ~(terminated | truncated)
+    advantages = [torch.zeros_like(rewards[0])]
+    for delta, trace in zip(deltas.flip(0), traces.flip(0), strict=True):
+        advantages.append(delta + trace * advantages[-1])
+    return torch.stack(advantages[:0:-1])
+
+
+def clipped_surrogate(ratio, advantages, clip_low, clip_high):
+    """E[min(r A^μ, clip(r, 1 - ε_low, 1 + ε_high) A^μ)]   [The PPO Clip Objective, eq. 2]
+
+    The range is that of [The Asymmetric Clip: DAPO, eq. 1].
+    ratio r(θ), advantages A^μ: (B,). Returns (), to be maximised.
+    """
+    clipped = ratio.clamp(1 - clip_low, 1 + clip_high)
+    return torch.min(ratio * advantages, clipped * advantages).mean()
+
+
+def penalized_surrogate(ratio, advantages, kl, alpha):
+    """E[r A^μ] - α KL(μ ‖ π_θ)   [Importance Sampling, eq. 4]
+
+    ratio r(θ), advantages A^μ: (B,); kl: (). Returns (), to be maximised.
+    """
+    return (ratio * advantages).mean() - alpha * kl
+
+
+def kl_divergence(logp_old, logp):
+    """KL(μ ‖ π_θ) = E_μ[log μ(a|s) - log π_θ(a|s)]   [Importance Sampling, eq. 5]
+
+    logp_old log μ, logp log π_θ: (B,), of actions a ~ μ. Returns (), in nats; as an estimate from
+    samples it can be negative. Its gradient is [Importance Sampling, eq. 6].
+    """
+    return (logp_old - logp).mean()
+
+
+def value_loss(values, returns):
+    r"""E[(V_φ(s_t) - G_t)²]   [How do we learn the state-dependent baseline $V^\pi(s)$?, eq. 4]
+
+    values V_φ, returns G: (B,). Returns (), to be minimised, in squared units of reward.
+    """
+    return (values - returns).pow(2).mean()
+
+
+# Training -----------------------------------------------------------------------------------------
+
+
+def train(args: Args) -> np.ndarray:
+    """Run the algorithm above; return the episode returns of the final evaluation."""
+    check(args)
+    rank, world = start_processes()
+    T, N, device, gamma = args.num_steps, args.num_envs // world, args.device, args.gamma
+    clip_low = args.clip_low
+    clip_high = clip_low if args.clip_high is None else args.clip_high
+    most = N * (T // 2)  # every second step can be a reset step, which is in no minibatch
+    if N * world != args.num_envs or args.minibatches > most:
+        stop(f"--num-envs must divide by {world} processes, --minibatches be at most {most}")
+
+    # 1. Initialise, alike in every process.
+    torch.set_num_threads(1)  # networks this small lose more to threads than they gain
+    torch.manual_seed(args.seed)
+    envs = gym.wrappers.vector.RecordEpisodeStatistics(make_envs(args.env_id, N))
+    policy = make_policy(envs, args.hidden, args.norm_obs).to(device)
+    obs_dim = envs.single_observation_space.shape[0]
+    critic = mlp(policy.norm, obs_dim, args.hidden, 1, gain=1.0).to(device)
+    parameters = [*policy.parameters(), *critic.parameters()]
+    optimizer = torch.optim.Adam(parameters, args.learning_rate, eps=1e-5, fused=True)
+    reward_norm = RunningNorm().to(device)
+    modules = {"policy": policy, "critic": critic, "optimizer": optimizer, "reward": reward_norm}
+
+    @torch.no_grad()
+    def act(obs: np.ndarray) -> np.ndarray:
+        obs = torch.as_tensor(obs, dtype=torch.float32, device=device)
+        return policy.to_env(policy.act(obs, greedy=True))
+
+    run = Run(args, envs, modules, act, rank, world)
+
+    # obs[t + 1] is the true successor of obs[t], also where an episode ended. The step after an end
+    # is the reset step: its action was ignored, its reward is 0, and valid is False there.
+    obs = torch.zeros(T + 1, *envs.observation_space.shape, device=device)  # (T+1, N, obs_dim)
+    obs[T] = torch.from_numpy(envs.reset(seed=env_seed(args.seed, run.step, rank))[0])
+    actions = policy.act(obs[:T], greedy=True).detach()  # (T, N) or (T, N, action_dim)
+    rewards, discounted = torch.zeros(2, T, N, device=device)
+    terminated, truncated = torch.zeros(2, T, N, device=device, dtype=torch.bool)
+    valid = torch.ones(T + 1, N, device=device, dtype=torch.bool)
+
+    while run.step < args.total_timesteps and not run.interrupted:
+        remaining = 1 - run.step / args.total_timesteps
+        optimizer.param_groups[0]["lr"] = args.learning_rate * (remaining if args.anneal_lr else 1)
+
+        # 2. Act with μ = π_θ, computing only what the next action needs.
+        obs[0], valid[0] = obs[T], valid[T]
+        for t in range(T):
+            with torch.no_grad():
+                actions[t] = action = policy.act(obs[t])
+            step = envs.step(policy.to_env(action))
+            obs[t + 1], rewards[t], terminated[t], truncated[t] = map(torch.from_numpy, step[:4])
+        valid[1:] = ~(terminated | truncated)
+
+        # 3. Advantages and returns; values and log μ of the whole rollout take one pass each.
+        with torch.no_grad():
+            if args.norm_rewards:
+                discounted = discounted_sums(rewards, valid[:T], discounted[-1], gamma)
+                reward_norm.update(discounted[valid[:T]])
+            scaled_rewards = rewards / (reward_norm.var + 1e-8).sqrt()
+            values = critic(obs).squeeze(-1)
+            advantages = gae(scaled_rewards, values, terminated, truncated, gamma, args.gae_lambda)
+            logp_old, _ = policy.log_prob(obs[:T], actions)
+        batch = obs[:T], actions, logp_old, advantages, advantages + values[:T]
+        b_obs, b_actions, b_logp_old, b_advantages, b_returns = (x[valid[:T]] for x in batch)
+        explained = 1 - b_advantages.var(correction=0) / (b_returns.var(correction=0) + 1e-8)
+        std, mean = torch.std_mean(b_advantages, correction=0)
+        b_advantages = (b_advantages - mean) / (std + 1e-8)
+
+        for epoch in range(args.epochs):
+            # 4.
+            losses = []
+            for i in torch.randperm(len(b_obs), device=device).tensor_split(args.minibatches):
+                # 5.
+                logp, entropy = policy.log_prob(b_obs[i], b_actions[i])
+                ratio = (logp - b_logp_old[i]).exp()
+                # 6.
+                if args.objective == "clip":
+                    objective = clipped_surrogate(ratio, b_advantages[i], clip_low, clip_high)
+                else:
+                    kl = kl_divergence(b_logp_old[i], logp)
+                    objective = penalized_surrogate(ratio, b_advantages[i], kl, args.alpha)
+                # 7.
+                error = value_loss(critic(b_obs[i]).squeeze(-1), b_returns[i])
+                loss = args.value_coef * error - objective - args.entropy_coef * entropy.mean()
+                optimizer.zero_grad()
+                loss.backward()
+                all_mean(*(parameter.grad for parameter in parameters))
+                grad_norm = nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)
+                optimizer.step()
+                losses.append(torch.stack([-objective, error, grad_norm]).detach())
+            # 8.
+            if epoch == args.epochs - 1 or args.target_kl > 0:
+                with torch.no_grad():
+                    logp, entropy = policy.log_prob(b_obs, b_actions)
+                    kl = kl_divergence(b_logp_old, logp)
+                all_mean(kl)
+                if 0 < args.target_kl < kl:
+                    break
+
+        # 9.
+        if args.norm_obs:
+            policy.norm.update(b_obs)
+
+        ratio = (logp - b_logp_old).exp()
+        clipped = ((ratio < 1 - clip_low) | (ratio > 1 + clip_high)).float()
+        policy_loss, critic_loss, grad_norm = torch.stack(losses).mean(0)
+        scalars = {"policy_loss": policy_loss, "value_loss": critic_loss, "grad_norm": grad_norm}
+        scalars |= {"entropy": entropy.mean(), "kl": kl, "clip_fraction": clipped.mean()}
+        run.update(len(b_obs), scalars | {"explained_variance": explained})
+    return run.finish()
+
+
+# Plumbing -----------------------------------------------------------------------------------------
+
+
+def stop(message: str, status: int = 2) -> NoReturn:
+    """End the program with one line on stderr."""
+    print(f"{SCRIPT}.py: {message.splitlines()[0]}", file=sys.stderr)
+    sys.exit(status)
+
+
+def check(args: Args) -> None:
+    """Stop at a number out of range: sizes begin at 1, other numbers at 0, some end at 1."""
+    for name, value in vars(args).items():
+        low = int(type(value) is int and name not in ("seed", "eval_every", "checkpoint_every"))
+        high = 1 if name in ("gamma", "gae_lambda") else math.inf
+        if isinstance(value, (int, float)) and not low <= value <= high:
+            stop(f"--{name.replace('_', '-')} {value} is out of range: {low} to {high}")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        stop("--device cuda: no GPU is available")
+
+
+def start_processes() -> tuple[int, int]:
+    """Rank and number of the processes that torchrun started; (0, 1) without it."""
+    if "RANK" in os.environ:
+        dist.init_process_group()
+    return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def all_mean(*tensors: Tensor) -> None:
+    """Average tensors of one dtype over torchrun's processes, in place, as one message."""
+    if dist.is_initialized():
+        message = nn.utils.parameters_to_vector(tensors)
+        dist.all_reduce(message)
+        nn.utils.vector_to_parameters(message / dist.get_world_size(), tensors)
+
+
+def env_seed(seed: int, step: int, rank: int) -> int:
+    """Seed, below 2²⁹, of what rank begins at step: environments and random numbers."""
+    return int(np.random.SeedSequence([seed, step, rank]).generate_state(1)[0]) >> 3
+
+
+def make_envs(env_id: str, n: int, **kwargs) -> gym.vector.VectorEnv:
+    """n copies of env_id, observations flat; the environment's own vector version if it has one."""
+    envs = gym.make_vec(env_id, n, **kwargs)
+    obs_space, action_space = envs.single_observation_space, envs.single_action_space
+    image = obs_space.dtype == np.uint8 and len(obs_space.shape) > 1
+    if image or not obs_space.is_np_flattenable or not isinstance(action_space, ACTION_SPACES):
+        can = " or ".join(space.__name__ for space in ACTION_SPACES)
+        stop(f"{env_id} maps {obs_space} to {action_space}; can do: no images, to {can}")
+    flat = isinstance(obs_space, gym.spaces.Box) and len(obs_space.shape) == 1
+    return envs if flat else gym.wrappers.vector.FlattenObservation(envs)
+
+
+def load_checkpoint(path: str, spaces: str = "", modules: dict | None = None) -> dict:
+    """Read what Run.save wrote and, if they are given, restore modules from it."""
+    try:
+        checkpoint = torch.load(path, "cpu", weights_only=True)
+        if checkpoint["script"] != SCRIPT or spaces not in ("", checkpoint["spaces"]):
+            raise ValueError(f"it is of {checkpoint['script']}.py on {checkpoint['spaces']}")
+        for name, module in (modules or {}).items():
+            module.load_state_dict(checkpoint[name])
+        torch.set_rng_state(checkpoint["rng"])
+    except Exception as error:
+        stop(f"cannot resume from {path}: {type(error).__name__}: {error}")
+    return checkpoint
+
+
+class Run:
+    """Steps, TensorBoard, progress bar, evaluations and checkpoints; only rank 0 writes."""
+
+    def __init__(self, args: Args, envs, modules: dict, act: Callable, rank: int, world: int):
+        self.args, self.envs, self.modules, self.act = args, envs, modules, act
+        self.rank, self.world, self.step = rank, world, 0
+        self.spaces = f"{envs.single_observation_space} to {envs.single_action_space}"
+        self.dir = args.run_dir or f"runs/{args.env_id}__{SCRIPT}__{args.seed}__{time.time():.0f}"
+        if args.resume:
+            self.dir = args.run_dir or os.path.dirname(args.resume) or "."
+            self.step = load_checkpoint(args.resume, self.spaces, modules)["step"]
+        if rank > 0 or not args.resume:  # random numbers of its own; rank 0 has those it saved
+            torch.manual_seed(env_seed(args.seed, self.step, rank))
+        self.first_step, self.start_time = self.step, time.time()
+        self.writer = SummaryWriter(self.dir, purge_step=self.step + 1) if rank == 0 else None
+        self.bar = tqdm(total=args.total_timesteps, initial=self.step, disable=rank > 0 or None)
+        self.signalled = self.interrupted = False
+        signal.signal(signal.SIGINT, lambda *_: setattr(self, "signalled", True))
+
+    def update(self, steps: int, losses: dict[str, Tensor]) -> None:
+        """Add the steps of all processes; log; evaluate and save where it is time to."""
+        counts = torch.tensor([steps, self.signalled], dtype=torch.float64)
+        all_mean(counts)
+        last_step, self.step = self.step, self.step + round(counts[0].item() * self.world)
+        self.interrupted = counts[1].item() > 0
+        scalars = {f"losses/{name}": loss.item() for name, loss in losses.items()}
+        if not all(map(math.isfinite, scalars.values())):
+            stop(f"not finite at step {self.step}, so the last checkpoint is kept: {scalars}", 1)
+        if self.rank > 0:
+            return
+        scalars["charts/SPS"] = (self.step - self.first_step) / (time.time() - self.start_time)
+        if self.envs.return_queue:
+            scalars["charts/episodic_return"] = np.mean(self.envs.return_queue)
+            scalars["charts/episodic_length"] = np.mean(self.envs.length_queue)
+            self.bar.set_postfix_str(f"return {scalars['charts/episodic_return']:.1f}", False)
+        for name, value in scalars.items():
+            self.writer.add_scalar(name, value, self.step)
+        self.bar.update(self.step - last_step)
+        eval_every, save_every = self.args.eval_every, self.args.checkpoint_every
+        if eval_every and self.step // eval_every > last_step // eval_every:
+            self.evaluate()
+        if save_every and self.step // save_every > last_step // save_every:
+            self.save()
+
+    def save(self) -> None:
+        """Write the checkpoint aside, then put it in the place of the last one."""
+        checkpoint = {name: module.state_dict() for name, module in self.modules.items()}
+        checkpoint |= {"script": SCRIPT, "spaces": self.spaces, "step": self.step}
+        checkpoint["args"] = asdict(replace(self.args, run_dir="", resume=""))
+        torch.save(checkpoint | {"rng": torch.get_rng_state()}, f"{self.dir}/checkpoint.tmp")
+        os.replace(f"{self.dir}/checkpoint.tmp", f"{self.dir}/checkpoint.pt")
+
+    def evaluate(self) -> np.ndarray:
+        """Returns of --eval-episodes whole episodes, without discount, on seeds training never sees.
+
+        Each environment plays one: of the first to end among many, too many would be short. For a
+        video they are played in turn.
+        """
+        args, seed = self.args, 2**30 + env_seed(self.args.seed, 0, 0)
+        n, mode = (1, "rgb_array") if args.capture_video else (args.eval_episodes, None)
+        envs = make_envs(args.env_id, n, render_mode=mode)
+        if args.capture_video:
+            name = {"video_folder": f"{self.dir}/videos", "name_prefix": f"step-{self.step}"}
+            envs = gym.wrappers.vector.RecordVideo(envs, **name, episode_trigger=lambda _: True)
+        returns = np.zeros(args.eval_episodes)
+        for first in range(0, args.eval_episodes, n):
+            obs, _ = envs.reset(seed=seed + first)
+            running = np.ones(n, np.bool_)
+            while running.any():
+                obs, reward, terminated, truncated, _ = envs.step(self.act(obs))
+                returns[first : first + n] += reward * running
+                running &= ~(terminated | truncated)
+        envs.close()
+        self.writer.add_scalar("charts/eval_return", returns.mean(), self.step)
+        return returns
+
+    def finish(self) -> np.ndarray:
+        """The last checkpoint, the final evaluation and the line of results."""
+        self.bar.close()
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        if self.rank > 0:
+            return np.zeros(0)
+        if self.step > self.first_step:
+            self.save()
+        if self.interrupted:
+            stop(
+                f"interrupted at step {self.step}; go on with --resume {self.dir}/checkpoint.pt",
+                130,
+            )
+        returns = self.evaluate()
+        self.writer.close()
+        print(
+            f"eval_return_mean={returns.mean():.1f} eval_return_std={returns.std():.1f} "
+            f"eval_episodes={len(returns)} env_steps={self.step} "
+            f"wall_seconds={time.time() - self.start_time:.1f}"
+        )
+        return returns
+
+
+if __name__ == "__main__":
+    args = tyro.cli(Args)
+    if args.resume:  # what the command line leaves out is as in the checkpoint
+        args = tyro.cli(Args, default=Args(**load_checkpoint(args.resume)["args"]))
+    try:
+        train(args)
+    except (gym.error.Error, ImportError, OSError) as error:
+        stop(str(error))
