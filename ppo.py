@@ -30,7 +30,6 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from typing import Literal, NoReturn
 
@@ -52,7 +51,7 @@ class Args:
     total_timesteps: int = 100_000  # environment steps, over all environments and processes
     num_envs: int = 8  # N, environments, shared out among torchrun's processes
     num_steps: int = 128  # T, steps of each environment between updates
-    epochs: int = 4  # K, passes over each batch
+    epochs: int = 10  # K, passes over each batch
     minibatches: int = 4  # M, minibatches, hence Adam steps, in a pass
     clip_low: float = 0.2  # ε_low: the ratio is clipped to [1 - ε_low, 1 + ε_high]
     clip_high: float | None = None  # ε_high; None: equal to ε_low
@@ -293,7 +292,8 @@ def train(args: Args) -> np.ndarray:
         stop(f"--num-envs must divide by {world} processes, --minibatches be at most {most}")
 
     # 1. Initialise, alike in every process.
-    torch.set_num_threads(1)  # networks this small lose more to threads than they gain
+    if args.hidden * N * T // args.minibatches < 2**16:
+        torch.set_num_threads(1)  # layers this small lose more to threads than they gain
     torch.manual_seed(args.seed)
     envs = gym.wrappers.vector.RecordEpisodeStatistics(make_envs(args.env_id, N))
     policy = make_policy(envs, args.hidden, args.norm_obs).to(device)
@@ -461,7 +461,7 @@ def load_checkpoint(path: str, spaces: str = "", modules: dict | None = None) ->
 class Run:
     """Steps, TensorBoard, progress bar, evaluations and checkpoints; only rank 0 writes."""
 
-    def __init__(self, args: Args, envs, modules: dict, act: Callable, rank: int, world: int):
+    def __init__(self, args: Args, envs, modules: dict, act, rank: int, world: int):
         self.args, self.envs, self.modules, self.act = args, envs, modules, act
         self.rank, self.world, self.step = rank, world, 0
         self.spaces = f"{envs.single_observation_space} to {envs.single_action_space}"
@@ -496,11 +496,10 @@ class Run:
         for name, value in scalars.items():
             self.writer.add_scalar(name, value, self.step)
         self.bar.update(self.step - last_step)
-        eval_every, save_every = self.args.eval_every, self.args.checkpoint_every
-        if eval_every and self.step // eval_every > last_step // eval_every:
-            self.evaluate()
-        if save_every and self.step // save_every > last_step // save_every:
-            self.save()
+        tasks = (self.args.eval_every, self.evaluate), (self.args.checkpoint_every, self.save)
+        for every, task in tasks:
+            if every > 0 and self.step // every > last_step // every:
+                task()
 
     def save(self) -> None:
         """Write the checkpoint aside, then put it in the place of the last one."""
@@ -509,6 +508,7 @@ class Run:
         checkpoint["args"] = asdict(replace(self.args, run_dir="", resume=""))
         torch.save(checkpoint | {"rng": torch.get_rng_state()}, f"{self.dir}/checkpoint.tmp")
         os.replace(f"{self.dir}/checkpoint.tmp", f"{self.dir}/checkpoint.pt")
+        self.writer.flush()
 
     def evaluate(self) -> np.ndarray:
         """Returns of --eval-episodes whole episodes, without discount, on seeds training never sees.
@@ -517,11 +517,13 @@ class Run:
         video they are played in turn.
         """
         args, seed = self.args, 2**30 + env_seed(self.args.seed, 0, 0)
-        n, mode = (1, "rgb_array") if args.capture_video else (args.eval_episodes, None)
-        envs = make_envs(args.env_id, n, render_mode=mode)
+        n, options = args.eval_episodes, {}
         if args.capture_video:
-            name = {"video_folder": f"{self.dir}/videos", "name_prefix": f"step-{self.step}"}
-            envs = gym.wrappers.vector.RecordVideo(envs, **name, episode_trigger=lambda _: True)
+            n, options = 1, {"render_mode": "rgb_array"}
+        envs = make_envs(args.env_id, n, **options)
+        if args.capture_video:
+            where = {"video_folder": f"{self.dir}/videos", "name_prefix": f"step-{self.step}"}
+            envs = gym.wrappers.vector.RecordVideo(envs, **where, episode_trigger=lambda _: True)
         returns = np.zeros(args.eval_episodes)
         for first in range(0, args.eval_episodes, n):
             obs, _ = envs.reset(seed=seed + first)
@@ -543,10 +545,7 @@ class Run:
         if self.step > self.first_step:
             self.save()
         if self.interrupted:
-            stop(
-                f"interrupted at step {self.step}; go on with --resume {self.dir}/checkpoint.pt",
-                130,
-            )
+            stop(f"stopped at step {self.step}; --resume {self.dir}/checkpoint.pt goes on", 130)
         returns = self.evaluate()
         self.writer.close()
         print(

@@ -1,0 +1,46 @@
+"""What every test file uses: the scripts as modules, their sources, and a command line in-process."""
+
+import contextlib
+import importlib
+import io
+import os
+import pathlib
+import runpy
+import sys
+from unittest import mock
+
+os.environ.setdefault("SDL_VIDEODRIVER", "dummy")
+os.environ.setdefault("XDG_RUNTIME_DIR", "/tmp")
+
+ROOT = pathlib.Path(__file__).parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+import envs  # noqa: E402, F401  registers the tiny environments
+import torch  # noqa: E402
+
+torch.set_num_threads(1)  # two test runs side by side share two cores
+
+SCRIPTS = sorted(path.stem for path in ROOT.glob("*.py"))
+SOURCES = {name: (ROOT / f"{name}.py").read_text(encoding="utf-8") for name in SCRIPTS}
+
+
+def module(name):
+    """The script as an imported module."""
+    return importlib.import_module(name)
+
+
+def command(script, *options):
+    """Run `python script.py options` in this process: exit status, standard output and error."""
+    out, err = io.StringIO(), io.StringIO()
+    argv = [f"{script}.py", *map(str, options)]
+    with (
+        mock.patch.object(sys, "argv", argv),
+        contextlib.redirect_stdout(out),
+        contextlib.redirect_stderr(err),
+    ):
+        try:
+            runpy.run_path(str(ROOT / f"{script}.py"), run_name="__main__")
+            status = 0
+        except SystemExit as end:
+            status = end.code or 0
+    return status, out.getvalue(), err.getvalue()

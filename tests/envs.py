@@ -1,0 +1,118 @@
+"""Tiny environments whose values and best actions are known, each a second or two to learn.
+
+`import envs` registers them; on a command line, with tests/ on PYTHONPATH, they are `envs:Constant-v0`
+and so on. The discount that the values below speak of is gamma.
+"""
+
+import gymnasium as gym
+import numpy as np
+from gymnasium import spaces
+
+
+class Tiny(gym.Env):
+    """Observation (2,); subclasses say what a step does."""
+
+    observation_space = spaces.Box(-np.inf, np.inf, (2,), np.float32)
+    action_space = spaces.Discrete(2)
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.t, self.sign = 0, self.np_random.choice([-1.0, 1.0])
+        return self.obs(), {}
+
+    def obs(self):
+        return np.zeros(2, np.float32)
+
+    def step(self, action):
+        self.t += 1
+        reward, terminated, truncated = self.outcome(action)
+        return self.obs(), float(reward), bool(terminated), bool(truncated), {}
+
+
+class Constant(Tiny):
+    """Reward 1 and the end. V = 1."""
+
+    def outcome(self, action):
+        return 1, True, False
+
+
+class TwoStep(Tiny):
+    """A reward of 1 for the second step if the first action was 1. V(first) = gamma, V(second) = 1."""
+
+    def obs(self):
+        return np.array([self.t, self.sign], np.float32)
+
+    def outcome(self, action):
+        if self.t == 1:
+            self.right = action == 1
+        return self.t == 2 and self.right, self.t == 2, False
+
+
+class Observed(Tiny):
+    """The reward is the sign observed. V(s) = s."""
+
+    def obs(self):
+        return np.array([self.sign, 0], np.float32)
+
+    def outcome(self, action):
+        return self.sign, True, False
+
+
+class Matched(Observed):
+    """1 for the action that matches the sign observed, else -1. V(s) = 1 in the end."""
+
+    def outcome(self, action):
+        return 1 if (action == 1) == (self.sign > 0) else -1, True, False
+
+
+class MatchedBox(Observed):
+    """-(a - target)², the target 3 or 7 by the sign observed, in a Box from 0 to 10."""
+
+    action_space = spaces.Box(0, 10, (1,), np.float32)
+
+    def outcome(self, action):
+        assert self.action_space.contains(action), action
+        return -((action[0] - 5 - 2 * self.sign) ** 2), True, False
+
+
+class Truncates(Tiny):
+    """Reward 1 for ever, cut every 5 steps by a time limit. V = 1 / (1 - gamma) everywhere."""
+
+    def outcome(self, action):
+        return 1, False, self.t == 5
+
+
+class Terminates(Tiny):
+    """Reward 1 for each of 5 steps, the time observed. V(t) = (1 - gamma^(5 - t)) / (1 - gamma)."""
+
+    def obs(self):
+        return np.array([self.t - 2.5, 0], np.float32)
+
+    def outcome(self, action):
+        return 1, self.t == 5, False
+
+
+class Both(Tiny):
+    """Reward 1, ended with probability 0.2 a step and cut at 5. V = 1 / (1 - 0.8 gamma)."""
+
+    def outcome(self, action):
+        terminated = self.np_random.random() < 0.2
+        return 1, terminated, self.t == 5
+
+
+class Spaces(Tiny):
+    """Any spaces at all: random observations, every action checked, reward 0, 7 steps."""
+
+    def __init__(self, observation_space, action_space):
+        self.observation_space, self.action_space = observation_space, action_space
+
+    def obs(self):
+        return self.observation_space.sample()
+
+    def outcome(self, action):
+        assert self.action_space.contains(action), (action, self.action_space)
+        return 0, False, self.t == 7
+
+
+for env in (Constant, TwoStep, Observed, Matched, MatchedBox, Truncates, Terminates, Both, Spaces):
+    gym.register(f"{env.__name__}-v0", env, disable_env_checker=True, order_enforce=False)

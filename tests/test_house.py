@@ -1,0 +1,248 @@
+"""The house rules: what holds in every script, read off the sources and by running them alone."""
+
+import ast
+import csv
+import io
+import re
+import shutil
+import subprocess
+import sys
+import tokenize
+
+import pytest
+from conftest import ROOT, SCRIPTS, SOURCES, module
+
+SECTIONS = ["Networks", "Buffer", "Equations", "Training", "Plumbing"]
+HEADINGS = set((ROOT / "tests/sections.txt").read_text(encoding="utf-8").splitlines())
+
+# Rule 1: the names that may differ in text between scripts, and why.
+OWN = {
+    "Args": "each algorithm has its options",
+    "train": "the algorithm itself",
+}
+
+# Rule 2: descendant -> (ancestor, names that may differ or be new, most code lines that may differ).
+LINEAGE = {
+    "double_dqn": ("dqn", {"double_dqn_target", "dqn_target", "train"}, 10),
+    "td3": ("ddpg", {"Args", "train"}, None),
+    "sac": ("td3", {"Args", "train"}, None),
+    "a3c": ("a2c", {"Args", "train"}, None),
+    "cmaes": ("cem", {"Args", "train"}, None),
+}
+
+
+def blocks(name):
+    """Top-level functions and classes of a script: name -> source text, decorators included."""
+    lines, found = SOURCES[name].splitlines(), {}
+    for node in ast.parse(SOURCES[name]).body:
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            first = min([node.lineno, *(d.lineno for d in node.decorator_list)])
+            found[node.name] = "\n".join(lines[first - 1 : node.end_lineno])
+    return found
+
+
+def code_lines(source):
+    """Numbers of the lines that hold code: no comments, no docstrings, no blanks."""
+    strings, code = set(), set()
+    for node in ast.walk(ast.parse(source)):
+        for child in node.body if isinstance(getattr(node, "body", None), list) else []:
+            if isinstance(child, ast.Expr) and isinstance(child.value, ast.Constant):
+                strings.update(range(child.lineno, child.end_lineno + 1))
+    ignored = {"COMMENT", "NL", "NEWLINE", "INDENT", "DEDENT", "ENDMARKER"}
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        if tokenize.tok_name[token.type] not in ignored:
+            code.update(range(token.start[0], token.end[0] + 1))
+    return code - strings
+
+
+def section_of_lines(name):
+    """Section headings of a script, in order, and the section of every line."""
+    order, where, current = [], {}, "Head"
+    for number, line in enumerate(SOURCES[name].splitlines(), 1):
+        if heading := re.fullmatch(r"# (\w+) -+", line):
+            current = heading[1]
+            order.append(current)
+        where[number] = current
+    return order, where
+
+
+def equation_functions(name):
+    """Functions of the section Equations: name -> docstring."""
+    _, where = section_of_lines(name)
+    return {
+        node.name: ast.get_docstring(node) or ""
+        for node in ast.parse(SOURCES[name]).body
+        if isinstance(node, ast.FunctionDef) and where[node.lineno] == "Equations"
+    }
+
+
+def citations(text):
+    """(section, equation number or None) of every [Section, eq. n] and [Section] in text."""
+    found = re.findall(r"\[((?:[^\[\]]|\n)+?)(?:,\s+eq\.\s+(\d+))?\]", text)
+    found = [(" ".join(section.split()), number or None) for section, number in found]
+    return [(section, number) for section, number in found if number or section in HEADINGS]
+
+
+def equation_table():
+    with open(ROOT / "tests/equations.tsv", encoding="utf-8") as file:
+        return list(csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE))
+
+
+def test_same_name_same_text():
+    texts = {}
+    for name in SCRIPTS:
+        for block, text in blocks(name).items():
+            texts.setdefault(block, {}).setdefault(text, []).append(name)
+    differ = {b: list(t.values()) for b, t in texts.items() if len(t) > 1 and b not in OWN}
+    assert not differ, f"same name, different text: {differ}"
+
+
+@pytest.mark.parametrize("name", [name for name in LINEAGE if name in SCRIPTS])
+def test_lineage(name):
+    ancestor, may_differ, most = LINEAGE[name]
+    ours, theirs = blocks(name), blocks(ancestor)
+    differ = {b for b in ours if b not in theirs or ours[b] != theirs[b]}
+    assert differ <= may_differ, f"{name} departs from {ancestor} in {differ - may_differ}"
+    if most is not None:
+        code = [
+            {SOURCES[n].splitlines()[i - 1] for i in code_lines(SOURCES[n])}
+            for n in (name, ancestor)
+        ]
+        assert len(code[0] - code[1]) <= most
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_sections_in_order(name):
+    order, _ = section_of_lines(name)
+    assert order == [section for section in SECTIONS if section in order]
+    assert {"Equations", "Training", "Plumbing"} <= set(order)
+    assert SOURCES[name].rstrip().endswith(LAST_LINES), "the last thing is the command line"
+
+
+LAST_LINES = """
+if __name__ == "__main__":
+    args = tyro.cli(Args)
+    if args.resume:  # what the command line leaves out is as in the checkpoint
+        args = tyro.cli(Args, default=Args(**load_checkpoint(args.resume)["args"]))
+    try:
+        train(args)
+    except (gym.error.Error, ImportError, OSError) as error:
+        stop(str(error))""".strip()
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_steps_of_the_docstring_are_in_train(name):
+    steps = re.findall(r"^    (\d+)\. ", ast.get_docstring(ast.parse(SOURCES[name])), re.M)
+    comments = re.findall(r"^ +# (\d+)\.", blocks(name)["train"], re.M)
+    assert steps == [str(n + 1) for n in range(len(steps))] and 3 <= len(steps) <= 15
+    assert comments == steps, "train shows the numbered steps, each once and in order"
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_equation_functions_cite_the_document(name):
+    table = {(row["section"], row["n"]): row for row in equation_table()}
+    for function, doc in equation_functions(name).items():
+        cited = citations(doc)
+        assert cited, f"{function} cites no section"
+        for section, number in cited:
+            assert section in HEADINGS, f"{function}: no section {section!r}"
+            if number:
+                row = table[section, number]
+                assert f"{name}.py:{function}" in row["where"].split(), f"not in the table: {row}"
+    quoted = re.findall(r'"([^"]+)"', ast.get_docstring(ast.parse(SOURCES[name])).split("\n\n")[1])
+    assert quoted, "the docstring says where in the derivations it stands"
+    for section in quoted:
+        assert " ".join(section.split()) in HEADINGS, f"no section {section!r}"
+
+
+def test_equation_table():
+    rows = equation_table()
+    assert len(rows) == len({(row["section"], row["n"]) for row in rows}) == 194
+    for row in rows:
+        assert row["kind"] in ("implemented", "verified", "definition", "open"), row
+        assert bool(row["where"]) == (row["kind"] != "open"), row
+        for where in row["where"].split():
+            file, _, name = where.replace("::", ":").partition(":")
+            defined = {
+                node.name
+                for node in ast.walk(ast.parse((ROOT / file).read_text()))
+                if isinstance(node, (ast.FunctionDef, ast.ClassDef))
+            }
+            assert name in defined, f"{where} does not exist"
+            if row["kind"] == "implemented" and name != "train":
+                doc = equation_functions(file.removesuffix(".py"))[name]
+                assert (row["section"], row["n"]) in citations(doc), f"{where} does not cite {row}"
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_every_option_and_definition_is_documented(name):
+    for line in blocks(name)["Args"].splitlines():
+        if ":" in line and line.startswith("    ") and line.strip():
+            assert re.search(r"  # \S", line), f"no comment: {line.strip()}"
+    for block, text in blocks(name).items():
+        node = ast.parse(text).body[0]
+        assert block == "Args" or ast.get_docstring(node), f"{block} has no docstring"
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_size_and_shape(name):
+    code, (_, where) = code_lines(SOURCES[name]), section_of_lines(name)
+    algorithm = [n for n in code if where[n] in ("Networks", "Buffer", "Equations", "Training")]
+    assert 2 * len(algorithm) > len(code), f"{len(algorithm)} of {len(code)} lines are algorithm"
+    assert max(map(len, SOURCES[name].splitlines())) <= 100
+    for function in equation_functions(name):
+        assert len(code_lines(blocks(name)[function])) <= 25
+
+    def depth(node):
+        inner = max(map(depth, ast.iter_child_nodes(node)), default=0)
+        return inner + isinstance(node, (ast.For, ast.While, ast.If, ast.With, ast.Try))
+
+    assert max(depth(node) for node in ast.walk(ast.parse(SOURCES[name]))) <= 4
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_imports_only_what_requirements_pin(name):
+    pinned = re.findall(r"^([\w-]+)", (ROOT / "requirements.txt").read_text(), re.M)
+    for node in ast.walk(ast.parse(SOURCES[name])):
+        if isinstance(node, (ast.Import, ast.ImportFrom)):
+            for imported in [getattr(node, "module", None) or node.names[0].name]:
+                top = imported.split(".")[0]
+                assert top in sys.stdlib_module_names or top in pinned, f"imports {imported}"
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_runs_alone(name, tmp_path):
+    shutil.copy(ROOT / f"{name}.py", tmp_path)
+    options = ["--total-timesteps", "1", "--eval-episodes", "2"]
+    run = subprocess.run(
+        [sys.executable, f"{name}.py", *options], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert run.returncode == 0, run.stderr
+    pattern = (
+        r"eval_return_mean=\S+ eval_return_std=\S+ eval_episodes=2 env_steps=\d+ wall_seconds=\S+"
+    )
+    assert re.fullmatch(pattern, run.stdout.splitlines()[-1])
+    assert not run.stderr, "nothing to say, and no bar where nobody watches"
+    assert list(tmp_path.glob("runs/*/checkpoint.pt"))
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_common_options_mean_the_same(name):
+    common = (
+        "total_timesteps env_id seed device run_dir eval_episodes eval_every capture_video "
+        "checkpoint_every resume"
+    ).split()
+    fields = module(name).Args.__dataclass_fields__
+    assert set(common) <= set(fields)
+    lines = [
+        line for line in blocks(name)["Args"].splitlines() if line.split(":")[0].strip() in common
+    ]
+    first = [
+        line
+        for line in blocks(SCRIPTS[0])["Args"].splitlines()
+        if line.split(":")[0].strip() in common
+    ]
+    own = ("    env_id", "    total_timesteps")  # each script's own first task
+    assert [line for line in lines if not line.startswith(own)] == [
+        line for line in first if not line.startswith(own)
+    ]

@@ -1,0 +1,290 @@
+"""ppo.py: its equations against sums over finite distributions, their gradients, and its loop."""
+
+import numpy as np
+import ppo
+import pytest
+import torch
+
+
+def finite(seed, actions=5):
+    """A finite problem in float64: logits of mu and of pi (with gradient), advantages of actions."""
+    g = torch.Generator().manual_seed(seed)
+    mu, pi = torch.randn(2, actions, generator=g, dtype=torch.float64)
+    return mu, pi.requires_grad_(), torch.randn(actions, generator=g, dtype=torch.float64)
+
+
+def samples(mu, n=200_000):
+    """Actions a ~ mu, (n,)."""
+    g = torch.Generator().manual_seed(0)
+    return torch.multinomial(mu.softmax(-1), n, replacement=True, generator=g)
+
+
+def logps(logits, actions):
+    return ppo.softmax_log_prob(logits.expand(len(actions), -1), actions)
+
+
+# Policies
+
+
+def test_softmax_against_torch():
+    logits, action = torch.randn(7, 3, 4), torch.randint(4, (7, 3))
+    reference = torch.distributions.Categorical(logits=logits)
+    torch.testing.assert_close(ppo.softmax_log_prob(logits, action), reference.log_prob(action))
+    torch.testing.assert_close(ppo.softmax_entropy(logits), reference.entropy())
+
+
+def test_gaussian_against_torch():
+    mean, log_std, action = torch.randn(7, 3), torch.randn(3), torch.randn(7, 3)
+    normal = torch.distributions.Normal(mean, log_std.exp())
+    reference = torch.distributions.Independent(normal, 1)
+    ours = ppo.gaussian_log_prob(mean, log_std, action)
+    torch.testing.assert_close(ours, reference.log_prob(action))
+    torch.testing.assert_close(ppo.gaussian_entropy(log_std), reference.entropy()[0])
+
+
+def test_sampled_actions_follow_the_policy():
+    torch.manual_seed(0)
+    space = ppo.gym.spaces.Discrete(3)
+    policy = ppo.SoftmaxPolicy(torch.nn.Identity(), 2, space, 8)
+    torch.nn.init.normal_(policy.logits[-1].weight)
+    obs = torch.ones(1, 2)
+    probability = policy.logits(obs).softmax(-1)[0]
+    count = torch.bincount(policy.act(obs.expand(100_000, 2)), minlength=3)
+    torch.testing.assert_close(count / 100_000, probability, atol=0.01, rtol=0)
+    assert policy.act(obs, greedy=True) == probability.argmax()
+
+
+# Surrogates
+
+
+def test_importance_sampling_is_unbiased():
+    mu, pi, f = finite(1)
+    weights = pi.softmax(-1) / mu.softmax(-1)
+    torch.testing.assert_close((mu.softmax(-1) * weights * f).sum(), (pi.softmax(-1) * f).sum())
+
+
+def test_penalized_surrogate_is_the_objective():
+    """From samples of mu: E_pi[A] - alpha KL(mu || pi), in value and in gradient."""
+    mu, pi, advantage = finite(2)
+    exact_kl = (mu.softmax(-1) * (mu.log_softmax(-1) - pi.log_softmax(-1))).sum()
+    exact = (pi.softmax(-1) * advantage).sum() - 0.7 * exact_kl
+    a = samples(mu)
+    kl = ppo.kl_divergence(logps(mu, a), logps(pi, a))
+    ratio = (logps(pi, a) - logps(mu, a)).exp()
+    ours = ppo.penalized_surrogate(ratio, advantage[a], kl, 0.7)
+    torch.testing.assert_close(kl, exact_kl, atol=0.02, rtol=0)
+    torch.testing.assert_close(ours, exact, atol=0.03, rtol=0)
+    gradients = [torch.autograd.grad(x, pi, retain_graph=True)[0] for x in (ours, exact)]
+    torch.testing.assert_close(*gradients, atol=0.03, rtol=0)
+
+
+def test_kl_gradient():
+    """grad KL(mu || pi) = -E_mu[grad log pi], exactly on the finite problem."""
+    mu, pi, _ = finite(3)
+    weight = mu.softmax(-1)
+    exact = (weight * (mu.log_softmax(-1) - pi.log_softmax(-1))).sum()
+    score = torch.stack([torch.autograd.grad(pi.log_softmax(-1)[a], pi)[0] for a in range(5)])
+    torch.testing.assert_close(torch.autograd.grad(exact, pi)[0], -(weight[:, None] * score).sum(0))
+
+
+@pytest.mark.parametrize(
+    ("ratio", "advantage", "value", "slope"),
+    [
+        (0.5, 2.0, 0.5 * 2, 2.0),  # case 1: rare and good, the gradient goes through
+        (0.5, -2.0, 0.9 * -2, 0.0),  # case 2: rare and bad, no gradient
+        (1.5, -2.0, 1.5 * -2, -2.0),  # case 3: frequent and bad, the gradient goes through
+        (1.5, 2.0, 1.3 * 2, 0.0),  # case 4: frequent and good, no gradient
+        (1.2, 2.0, 1.2 * 2, 2.0),  # inside the range nothing is clipped
+    ],
+)
+def test_four_cases_of_the_clip(ratio, advantage, value, slope):
+    ratio = torch.tensor([ratio], requires_grad=True)
+    ours = ppo.clipped_surrogate(ratio, torch.tensor([advantage]), clip_low=0.1, clip_high=0.3)
+    clip_only = (ratio.clamp(0.9, 1.3) * advantage).mean()  # without the min, eq. 1
+    assert ours.item() == pytest.approx(value) and ours.item() <= clip_only.item() + 1e-6
+    assert torch.autograd.grad(ours, ratio)[0].item() == pytest.approx(slope)
+
+
+# Advantages
+
+
+def random_rollout(T=40, N=6, seed=0):
+    """Rewards, values and ends as a vector environment gives them, reset steps included."""
+    rng = np.random.default_rng(seed)
+    terminated, truncated, valid = np.zeros((2, T, N), bool), None, np.ones((T + 1, N), bool)
+    terminated, truncated = terminated
+    rewards = rng.normal(size=(T, N))
+    for t in range(T):
+        terminated[t] = valid[t] & (rng.random(N) < 0.1)
+        truncated[t] = valid[t] & (rng.random(N) < 0.1)
+        valid[t + 1] = ~(terminated[t] | truncated[t])
+    rewards[~valid[:T]] = 0
+    values = rng.normal(size=(T + 1, N))
+    return [torch.from_numpy(x) for x in (rewards, values, terminated, truncated, valid)]
+
+
+def test_gae_is_the_sum_it_abbreviates():
+    rewards, values, terminated, truncated, valid = random_rollout()
+    assert (terminated.sum() > 5) and (truncated.sum() > 5)
+    ours = ppo.gae(rewards, values, terminated, truncated, 0.9, 0.8)
+    T, N = rewards.shape
+    for n in range(N):
+        for t in range(T):
+            if not valid[t, n]:
+                continue
+            total, k = 0.0, t
+            while True:
+                bootstrap = 0 if terminated[k, n] else 0.9 * values[k + 1, n]
+                delta = rewards[k, n] + bootstrap - values[k, n]
+                total += (0.9 * 0.8) ** (k - t) * delta
+                if terminated[k, n] or truncated[k, n] or k == T - 1:
+                    break
+                k += 1
+            assert ours[t, n].item() == pytest.approx(total.item(), rel=1e-5, abs=1e-5)
+
+
+def test_gae_limits():
+    """lambda = 0 is the one-step advantage; lambda = 1 with the true ends is G - V."""
+    rewards, values = torch.ones(3, 1), torch.tensor([[5.0], [6.0], [7.0], [8.0]])
+    no, end = torch.zeros(3, 1, dtype=torch.bool), torch.tensor([[False], [False], [True]])
+    one_step = rewards + 0.5 * values[1:] - values[:-1]
+    torch.testing.assert_close(ppo.gae(rewards, values, no, no, 0.5, 0.0), one_step)
+    returns = torch.tensor([[1.75], [1.5], [1.0]])
+    torch.testing.assert_close(ppo.gae(rewards, values, end, no, 0.5, 1.0), returns - values[:-1])
+    returns = torch.tensor([[1.75 + 1.0], [1.5 + 2.0], [1.0 + 4.0]])  # the time limit bootstraps
+    torch.testing.assert_close(ppo.gae(rewards, values, no, end, 0.5, 1.0), returns - values[:-1])
+
+
+def test_discounted_sums_restart_with_each_episode():
+    rewards, _, _, _, valid = random_rollout()
+    start = torch.full((6,), 3.0, dtype=torch.float64)
+    ours = ppo.discounted_sums(rewards, valid[:-1], start, 0.9)
+    for n in range(6):
+        total = 3.0
+        for t in range(40):
+            total = total * 0.9 + rewards[t, n].item() if valid[t, n] else 0.0
+            assert ours[t, n].item() == pytest.approx(total, rel=1e-5, abs=1e-5)
+
+
+# Normaliser
+
+
+def test_running_norm_equals_the_statistics_of_everything():
+    data = torch.randn(1000, 3) * torch.tensor([1.0, 50.0, 0.0]) + torch.tensor([0.0, 1000.0, 7.0])
+    norm = ppo.RunningNorm(3)
+    torch.testing.assert_close(norm(data[:5] / 1000), data[:5] / 1000)  # nothing seen: as it is
+    for part in data.split([1, 10, 489, 500]):
+        norm.update(part)
+    torch.testing.assert_close(norm.mean, data.mean(0))
+    torch.testing.assert_close(norm.var, data.var(0, correction=0), rtol=1e-4, atol=1e-3)
+    assert norm.count == 1000
+    assert norm(data).abs().max() <= 10 and norm(data)[:, 2].abs().max() < 0.1
+
+
+# Gradients
+
+
+def test_each_loss_moves_its_own_network():
+    norm = ppo.RunningNorm(2)
+    policy = ppo.SoftmaxPolicy(norm, 2, ppo.gym.spaces.Discrete(3), 8)
+    critic = ppo.mlp(norm, 2, 8, 1, 1.0)
+    obs, action, target = torch.randn(9, 2), torch.randint(3, (9,)), torch.randn(9)
+
+    def receivers(loss):
+        policy.zero_grad(), critic.zero_grad()
+        loss.backward()
+        return [all(p.grad is not None for p in m.parameters()) for m in (policy, critic)]
+
+    def ratio():
+        logp = policy.log_prob(obs, action)[0]
+        return (logp - logp.detach()).exp()
+
+    assert receivers(ppo.clipped_surrogate(ratio(), target, 0.2, 0.2)) == [True, False]
+    assert receivers(ppo.penalized_surrogate(ratio(), target, ratio().mean(), 1)) == [True, False]
+    assert receivers(policy.log_prob(obs, action)[1].mean()) == [True, False]
+    assert receivers(ppo.value_loss(critic(obs).squeeze(-1), target)) == [False, True]
+    assert not any(p.requires_grad for p in norm.buffers())
+
+
+# Learning
+
+COMMON = dict(
+    num_envs=16, num_steps=32, epochs=4, hidden=32, gamma=0.9, eval_episodes=20, learning_rate=5e-3
+)
+
+
+def trained(tmp_path, env_id, steps, **options):
+    """Evaluation returns, and the policy and V_φ from the checkpoint as functions of observations."""
+    args = ppo.Args(
+        env_id=env_id, total_timesteps=steps, run_dir=str(tmp_path), **{**COMMON, **options}
+    )
+    returns = ppo.train(args)
+    checkpoint = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
+    envs = ppo.make_envs(env_id, 1)
+    policy = ppo.make_policy(envs, args.hidden, args.norm_obs)
+    critic = ppo.mlp(policy.norm, envs.single_observation_space.shape[0], args.hidden, 1, 1.0)
+    policy.load_state_dict(checkpoint["policy"])
+    critic.load_state_dict(checkpoint["critic"])
+    return returns, lambda *obs: critic(torch.tensor(obs).float()).squeeze(-1).tolist()
+
+
+def test_constant_reward(tmp_path):
+    _, value = trained(tmp_path, "Constant-v0", 6_000)
+    assert value([0, 0]) == pytest.approx([1], abs=0.02)
+
+
+def test_two_step_credit(tmp_path):
+    returns, value = trained(tmp_path, "TwoStep-v0", 8_000)
+    assert returns.mean() == 1
+    assert value([0, 1], [0, -1], [1, 1], [1, -1]) == pytest.approx([0.9, 0.9, 1, 1], abs=0.1)
+
+
+def test_reward_depends_on_the_observation(tmp_path):
+    _, value = trained(tmp_path, "Observed-v0", 8_000)
+    assert value([1, 0], [-1, 0]) == pytest.approx([1, -1], abs=0.05)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"norm_obs": True, "norm_rewards": True}, {"objective": "kl"}, {"target_kl": 0.02}],
+    ids=str,
+)
+def test_reward_depends_on_action_and_observation(tmp_path, options):
+    returns, _ = trained(tmp_path, "Matched-v0", 8_000, **options)
+    assert returns.mean() == 1
+
+
+@pytest.mark.parametrize("options", [{}, {"objective": "kl"}], ids=str)
+def test_continuous_action(tmp_path, options):
+    returns, _ = trained(tmp_path, "MatchedBox-v0", 16_000, **options)
+    assert returns.mean() > -0.1  # a constant action gets -4 at best
+
+
+def test_time_limit_does_not_end_the_value(tmp_path):
+    _, value = trained(tmp_path, "Truncates-v0", 20_000)
+    assert value([0, 0]) == pytest.approx([10], abs=0.3)
+
+
+def test_termination_ends_the_value(tmp_path):
+    _, value = trained(tmp_path, "Terminates-v0", 20_000)
+    exact = [(1 - 0.9 ** (5 - t)) / 0.1 for t in range(5)]
+    assert value(*([t - 2.5, 0] for t in range(5))) == pytest.approx(exact, abs=0.15)
+
+
+def test_both_ends(tmp_path):
+    _, value = trained(tmp_path, "Both-v0", 30_000)
+    assert value([0, 0]) == pytest.approx([1 / (1 - 0.8 * 0.9)], abs=0.15)
+
+
+def test_asymmetric_clip_and_penalty_reach_the_update(tmp_path):
+    """Options that change the objective change the weights; a default spelt out does not."""
+
+    def weights(**options):
+        trained(tmp_path, "Matched-v0", 500, **options)
+        return torch.load(tmp_path / "checkpoint.pt", weights_only=True)["policy"]
+
+    base = weights()
+    differs = lambda **o: any(not torch.equal(base[k], v) for k, v in weights(**o).items())  # noqa: E731
+    assert not differs(clip_high=0.2)
+    assert differs(clip_high=0.02) and differs(clip_low=0.02, clip_high=0.2)
+    assert differs(objective="kl", alpha=0.0) and differs(target_kl=1e-6)
