@@ -468,7 +468,7 @@ class Run:
         self.dir = args.run_dir or f"runs/{args.env_id}__{SCRIPT}__{args.seed}__{time.time():.0f}"
         if args.resume:
             self.dir = args.run_dir or os.path.dirname(args.resume) or "."
-            self.step = load_checkpoint(args.resume, self.spaces, modules)["step"]
+            self.step = load_checkpoint(args.resume, self.spaces, modules)["env_steps"]
         if rank > 0 or not args.resume:  # random numbers of its own; rank 0 has those it saved
             torch.manual_seed(env_seed(args.seed, self.step, rank))
         self.first_step, self.start_time = self.step, time.time()
@@ -504,7 +504,7 @@ class Run:
     def save(self) -> None:
         """Write the checkpoint aside, then put it in the place of the last one."""
         checkpoint = {name: module.state_dict() for name, module in self.modules.items()}
-        checkpoint |= {"script": SCRIPT, "spaces": self.spaces, "step": self.step}
+        checkpoint |= {"script": SCRIPT, "spaces": self.spaces, "env_steps": self.step}
         checkpoint["args"] = asdict(replace(self.args, run_dir="", resume=""))
         torch.save(checkpoint | {"rng": torch.get_rng_state()}, f"{self.dir}/checkpoint.tmp")
         os.replace(f"{self.dir}/checkpoint.tmp", f"{self.dir}/checkpoint.pt")

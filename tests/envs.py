@@ -14,6 +14,7 @@ class Tiny(gym.Env):
 
     observation_space = spaces.Box(-np.inf, np.inf, (2,), np.float32)
     action_space = spaces.Discrete(2)
+    steps = 0  # taken by all tiny environments of this process
 
     def reset(self, *, seed=None, options=None):
         super().reset(seed=seed)
@@ -25,6 +26,7 @@ class Tiny(gym.Env):
 
     def step(self, action):
         self.t += 1
+        Tiny.steps += 1
         reward, terminated, truncated = self.outcome(action)
         return self.obs(), float(reward), bool(terminated), bool(truncated), {}
 

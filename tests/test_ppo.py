@@ -1,9 +1,13 @@
 """ppo.py: its equations against sums over finite distributions, their gradients, and its loop."""
 
+import re
+
+import envs
 import numpy as np
 import ppo
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 
 def finite(seed, actions=5):
@@ -52,6 +56,19 @@ def test_sampled_actions_follow_the_policy():
     count = torch.bincount(policy.act(obs.expand(100_000, 2)), minlength=3)
     torch.testing.assert_close(count / 100_000, probability, atol=0.01, rtol=0)
     assert policy.act(obs, greedy=True) == probability.argmax()
+
+
+def test_box_actions_are_scaled_and_clipped_for_the_environment_only():
+    low, high = np.array([-1, 0, -np.inf, 2]), np.array([1, 10, np.inf, np.inf])
+    space = ppo.gym.spaces.Box(low.reshape(2, 2), high.reshape(2, 2), dtype=np.float64)
+    policy = ppo.GaussianPolicy(torch.nn.Identity(), 3, space, 8)
+    action = torch.tensor([[0.5, 0.5, 0.5, 0.5], [2.0, 2.0, 2.0, 2.0], [-2.0, -2.0, -2.0, 9.0]])
+    sent = policy.to_env(action)
+    assert sent.shape == (3, 2, 2) and all(space.contains(a) for a in sent)
+    exact = [[0.5, 7.5, 0.5, 2], [1, 10, 2, 2], [-1, 0, -2, 9]]
+    np.testing.assert_allclose(sent.reshape(3, 4), exact)
+    many = policy.act(torch.zeros(1000, 3))
+    assert many.abs().max() > 2, "what is sampled and stored is not clipped"
 
 
 # Surrogates
@@ -220,9 +237,9 @@ def trained(tmp_path, env_id, steps, **options):
     )
     returns = ppo.train(args)
     checkpoint = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
-    envs = ppo.make_envs(env_id, 1)
-    policy = ppo.make_policy(envs, args.hidden, args.norm_obs)
-    critic = ppo.mlp(policy.norm, envs.single_observation_space.shape[0], args.hidden, 1, 1.0)
+    env = ppo.make_envs(env_id, 1)
+    policy = ppo.make_policy(env, args.hidden, args.norm_obs)
+    critic = ppo.mlp(policy.norm, env.single_observation_space.shape[0], args.hidden, 1, 1.0)
     policy.load_state_dict(checkpoint["policy"])
     critic.load_state_dict(checkpoint["critic"])
     return returns, lambda *obs: critic(torch.tensor(obs).float()).squeeze(-1).tolist()
@@ -274,6 +291,41 @@ def test_termination_ends_the_value(tmp_path):
 def test_both_ends(tmp_path):
     _, value = trained(tmp_path, "Both-v0", 30_000)
     assert value([0, 0]) == pytest.approx([1 / (1 - 0.8 * 0.9)], abs=0.15)
+
+
+def scalars(tmp_path):
+    """What the run logged: name -> values."""
+    log = EventAccumulator(str(tmp_path)).Reload()
+    return {tag: [event.value for event in log.Scalars(tag)] for tag in log.Tags()["scalars"]}
+
+
+@pytest.mark.parametrize("env_id", ["Matched-v0", "MatchedBox-v0"])
+def test_without_a_step_the_ratio_stays_1(tmp_path, monkeypatch, env_id):
+    stored, log_prob = [], ppo.gaussian_log_prob
+    spy = lambda mean, log_std, a: stored.append(a) or log_prob(mean, log_std, a)  # noqa: E731
+    monkeypatch.setattr(ppo, "gaussian_log_prob", spy)
+    trained(tmp_path, env_id, 2_000, learning_rate=0.0)
+    assert not stored or max(a.abs().max() for a in stored) > 1, "actions are stored as sampled"
+    logged = scalars(tmp_path)
+    assert len(logged["losses/policy_loss"]) >= 4
+    for name in ("policy_loss", "kl", "clip_fraction"):  # the standardised advantages have mean 0
+        assert logged[f"losses/{name}"] == pytest.approx([0] * len(logged["losses/kl"]), abs=1e-5)
+
+
+@pytest.mark.parametrize("env_id", ["Constant-v0", "TwoStep-v0", "Truncates-v0"])
+def test_only_real_steps_are_counted(tmp_path, capsys, env_id):
+    """Odd rollouts, so that reset steps fall on their borders too."""
+    before = envs.Tiny.steps
+    returns, _ = trained(tmp_path, env_id, 200, num_steps=7, num_envs=3)
+    in_evaluation = sum(
+        {"Constant-v0": 1, "TwoStep-v0": 2, "Truncates-v0": 5}[env_id] for _ in returns
+    )
+    counted = int(re.search(r"env_steps=(\d+)", capsys.readouterr().out)[1])
+    assert counted == envs.Tiny.steps - before - in_evaluation
+    logged = scalars(tmp_path)
+    assert logged["charts/episodic_length"] == pytest.approx(
+        [in_evaluation / len(returns)] * len(logged["charts/episodic_length"])
+    )
 
 
 def test_asymmetric_clip_and_penalty_reach_the_update(tmp_path):
