@@ -1,0 +1,367 @@
+"""Run the rows of returns.toml and report which published returns are reached.
+
+    python benchmarks/returns.py --script ppo            the standard rows of ppo.py, what is missing
+    python benchmarks/returns.py --script ppo --peer     stable-baselines3 on the same rows and seeds
+    python benchmarks/returns.py --report                tables and plots from what was measured
+    python benchmarks/returns.py --check                 exit status 1 if a row is short or stale
+
+Each finished run is appended to results/returns.csv, so that an interrupted call goes on where it
+was. script_sha hashes the script's syntax tree, without docstrings and annotations, and the row's
+options: a result whose hash is not today's is stale, shown as such, and run again.
+"""
+
+import argparse
+import ast
+import csv
+import hashlib
+import itertools
+import os
+import pathlib
+import platform
+import re
+import shlex
+import subprocess
+import sys
+import threading
+import time
+import tomllib
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+
+HERE = pathlib.Path(__file__).resolve().parent
+ROOT = HERE.parent
+RESULTS, CURVES = HERE / "results/returns.csv", HERE / "results/curves.csv"
+COLUMNS = (
+    "script env seed env_steps metric return_mean return_std episodes wall_seconds script_sha "
+    "torch python cpu"
+).split()
+EVALUATIONS = 20  # during training, for rows whose metric is the best of them
+LOCK = threading.Lock()
+
+
+def rows(arguments):
+    """The rows asked for, in the order of the file."""
+    table = tomllib.loads((HERE / "returns.toml").read_text(encoding="utf-8"))["row"]
+    for row in table:
+        asked = arguments.tier in (row["tier"], "all")
+        asked &= arguments.script in (None, row["script"]) and arguments.env in (None, row["env"])
+        if asked and (ROOT / f"{row['script']}.py").exists():
+            yield row
+
+
+def command(row):
+    """The options that make a run of this row, seed and run directory aside."""
+    options = f"--env-id {row['env']} --total-timesteps {row['steps']} {row.get('options', '')}"
+    if row["metric"] == "greedy":
+        options += " --eval-episodes 100"
+    elif row["metric"] == "best":
+        options += f" --eval-episodes 10 --eval-every {row['steps'] // EVALUATIONS}"
+    return " ".join(options.split())
+
+
+def sha(row, peer=False):
+    """Hash of what decides the result: syntax tree and options, or the peer's settings."""
+    if peer:
+        from stable_baselines3 import __version__
+
+        text = f"{__version__} {row['env']} {row['steps']} {sorted(row['peer'].items())}"
+        return hashlib.sha256(text.encode()).hexdigest()[:12]
+    tree = ast.parse((ROOT / f"{row['script']}.py").read_text(encoding="utf-8"))
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef, ast.Module)):
+            if ast.get_docstring(node) is not None:
+                node.body = node.body[1:]
+        if isinstance(node, ast.FunctionDef):
+            node.returns = None
+        if isinstance(node, ast.arg):
+            node.annotation = None
+    return hashlib.sha256(f"{ast.dump(tree)} {command(row)}".encode()).hexdigest()[:12]
+
+
+def measured():
+    """The rows of results/returns.csv."""
+    if not RESULTS.exists():
+        return []
+    with open(RESULTS, encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def append(path, columns, lines):
+    """Append lines, dictionaries, to the table path; its first line names the columns."""
+    with LOCK:
+        new = not path.exists()
+        with open(path, "a", encoding="utf-8", newline="") as file:
+            writer = csv.DictWriter(file, columns, lineterminator="\n")
+            if new:
+                writer.writeheader()
+            writer.writerows(lines)
+
+
+def cpu():
+    try:
+        model = re.search(r"model name\s*: (.*)", pathlib.Path("/proc/cpuinfo").read_text())[1]
+    except (OSError, TypeError):
+        model = platform.processor()
+    return f"{model} x{os.cpu_count()}"
+
+
+def scalars(run_dir, tag):
+    """(steps, values) that a run logged under tag."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    log = EventAccumulator(str(run_dir), size_guidance={"scalars": 0}).Reload()
+    events = log.Scalars(tag) if tag in log.Tags()["scalars"] else []
+    return np.array([event.step for event in events]), np.array([event.value for event in events])
+
+
+def run_ours(row, seed, run_dir):
+    """One run of a script: the fields of its line in the table, and its learning curve."""
+    line = [sys.executable, str(ROOT / f"{row['script']}.py"), *shlex.split(command(row))]
+    line += ["--seed", str(seed), "--run-dir", str(run_dir)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}  # runs side by side share the cores
+    done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, env=environment)
+    if done.returncode:
+        sys.exit(f"{shlex.join(line)}\nfailed:\n{done.stderr}")
+    result = dict(pair.split("=") for pair in done.stdout.splitlines()[-1].split())
+    values = {
+        "return_mean": float(result["eval_return_mean"]),
+        "return_std": float(result["eval_return_std"]),
+        "episodes": int(result["eval_episodes"]),
+    }
+    steps, returns = scalars(run_dir, "charts/episodic_return")
+    if row["metric"] == "best":
+        values["return_mean"] = float(scalars(run_dir, "charts/eval_return")[1].max())
+    elif row["metric"] == "train":  # the last value is the mean of the last 100 episodes
+        values.update(return_mean=float(returns[-1]), return_std=0.0, episodes=100)
+    values.update(env_steps=int(result["env_steps"]), wall_seconds=float(result["wall_seconds"]))
+    return values, (steps, returns)
+
+
+def run_peer(row, seed):
+    """stable-baselines3 with rl-zoo's settings on one row, evaluated as ours is."""
+    import gymnasium as gym
+    import stable_baselines3
+    import torch
+    from stable_baselines3.common.env_util import make_vec_env
+    from stable_baselines3.common.evaluation import evaluate_policy
+    from stable_baselines3.common.vec_env import VecNormalize
+
+    torch.set_num_threads(1)
+    settings = dict(row["peer"])
+    normalize = settings.pop("normalize", False)
+    env = make_vec_env(row["env"], settings.pop("n_envs", 1), seed=seed)
+    test = make_vec_env(row["env"], 1, seed=2**30 + seed)
+    if normalize:
+        env = VecNormalize(env, gamma=settings.get("gamma", 0.99))
+        test = VecNormalize(test, training=False, norm_reward=False)
+        test.obs_rms = env.obs_rms
+    for name, value in settings.items():  # rl-zoo's notation for linear decay
+        if isinstance(value, str) and value.startswith("lin_"):
+            settings[name] = lambda left, first=float(value[4:]): left * first
+    algorithm = getattr(stable_baselines3, settings.pop("algorithm"))
+    start = time.time()
+    model = algorithm("MlpPolicy", env, seed=seed, device="cpu", **settings).learn(row["steps"])
+    returns, _ = evaluate_policy(model, test, 100, return_episode_rewards=True)
+    assert isinstance(env.action_space, gym.Space)
+    print(np.mean(returns), np.std(returns), model.num_timesteps, time.time() - start)
+
+
+def run(row, seed, peer):
+    """One run, appended to the tables."""
+    from importlib.metadata import version
+
+    name = f"sb3-{row['script']}" if peer else row["script"]
+    run_dir = ROOT / "runs/benchmarks" / f"{name}__{row['env']}__{row['steps']}__{seed}"
+    for old in run_dir.glob("*"):
+        old.unlink()
+    line = {"script": name, "env": row["env"], "seed": seed, "script_sha": sha(row, peer)}
+    line |= {"torch": version("torch"), "python": platform.python_version(), "cpu": cpu()}
+    line |= {"metric": "greedy" if peer else row["metric"]}
+    if peer:
+        code = f"import returns; returns.run_peer({row!r}, {seed})"
+        done = subprocess.run(
+            [sys.executable, "-W", "ignore", "-c", code], cwd=HERE, capture_output=True, text=True
+        )
+        if done.returncode:
+            sys.exit(done.stderr)
+        mean, std, steps, seconds = map(float, done.stdout.splitlines()[-1].split())
+        line |= {"return_mean": mean, "return_std": std, "episodes": 100}
+        line |= {"env_steps": int(steps), "wall_seconds": round(seconds, 1)}
+    else:
+        values, (steps, returns) = run_ours(row, seed, run_dir)
+        line |= values
+        some = np.unique(np.linspace(0, len(steps) - 1, 100).astype(int)) if len(steps) else []
+        keys = {"script": name, "env": row["env"], "seed": seed, "script_sha": line["script_sha"]}
+        points = [{**keys, "step": steps[i], "return": f"{returns[i]:.4g}"} for i in some]
+        append(CURVES, [*keys, "step", "return"], points)
+    append(RESULTS, COLUMNS, [line])
+    print(f"{name} {row['env']} seed {seed}: {line['return_mean']:.1f}", flush=True)
+
+
+def run_missing(arguments):
+    """What is asked for and not in the table, --jobs runs side by side."""
+    have = {(line["script"], line["env"], line["seed"], line["script_sha"]) for line in measured()}
+    todo = []
+    for row, seed in itertools.product(rows(arguments), arguments.seeds):
+        peer = arguments.peer
+        name = f"sb3-{row['script']}" if peer else row["script"]
+        if peer and "peer" not in row:
+            continue
+        if (name, row["env"], str(seed), sha(row, peer)) not in have:
+            todo.append((row, seed, peer))
+    print(f"{len(todo)} runs to do")
+    with ThreadPoolExecutor(arguments.jobs) as pool:
+        for future in [pool.submit(run, *job) for job in todo]:
+            future.result()
+
+
+def interval(values):
+    """95% bootstrap interval of the mean over seeds."""
+    rng = np.random.default_rng(0)
+    means = rng.choice(values, (10_000, len(values))).mean(1)
+    return np.percentile(means, [2.5, 97.5])
+
+
+def judge(row):
+    """What returns.toml calls published, level or short; with the numbers that decide."""
+    ours, stale, peer = {}, False, {}
+    for line in measured():
+        if line["env"] != row["env"] or int(line["seed"]) > 100:
+            continue
+        if line["script"] == row["script"] and line["metric"] == row["metric"]:
+            if line["script_sha"] == sha(row):
+                ours[line["seed"]] = line
+            elif row["steps"] <= int(line["env_steps"]) < 1.1 * row["steps"]:
+                stale = True
+        if "peer" in row and line["script"] == f"sb3-{row['script']}":
+            if line["script_sha"] == sha(row, peer=True):
+                peer[line["seed"]] = float(line["return_mean"])
+    out = {"row": row, "seeds": len(ours), "peer": np.mean(list(peer.values())) if peer else None}
+    if not ours:
+        return {**out, "verdict": "stale" if stale else "not run"}
+    values = np.array([float(line["return_mean"]) for line in ours.values()])
+    low, high = interval(values)
+    least = row["reference"] - row["tolerance"]
+    bar = row["reference"] if out["peer"] is None else min(row["reference"], out["peer"])
+    verdict = "short"
+    if values.mean() >= least:
+        verdict = "published"
+    elif high >= bar - row["tolerance"]:
+        verdict = "level"
+    seconds = np.median([float(line["wall_seconds"]) for line in ours.values()])
+    return {**out, "values": values, "low": low, "high": high, "verdict": verdict, "wall": seconds}
+
+
+def report(arguments):
+    """Tables into benchmarks/README.md, learning curves into benchmarks/plots."""
+    lines = [
+        "| script | environment | steps | metric | reference | sb3 | ours | 95% | seeds | wall | |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for row in rows(arguments):
+        result = judge(row)
+        peer = "" if result["peer"] is None else f"{result['peer']:.1f}"
+        line = f"| {row['script']} | {row['env']} | {row['steps']:,} | {row['metric']} "
+        line += f"| {row['reference']} ± {row['tolerance']} | {peer} "
+        if "values" in result:
+            line += (
+                f"| {result['values'].mean():.1f} | {result['low']:.1f} to {result['high']:.1f} "
+            )
+            line += f"| {result['seeds']} | {result['wall']:.0f} s "
+        else:
+            line += "| | | | "
+        lines.append(f"{line}| {result['verdict']} |")
+    lines += ["", "Each row again, with seed 1:", "", "```"]
+    lines += [f"python {row['script']}.py --seed 1 {command(row)}" for row in rows(arguments)]
+    write_between("returns", [*lines, "```"])
+    plot(arguments)
+
+
+def write_between(name, lines):
+    """Replace what stands between the two markers of this name in benchmarks/README.md."""
+    path, (begin, end) = HERE / "README.md", (f"<!-- {name} -->", f"<!-- end of {name} -->")
+    before, rest = path.read_text(encoding="utf-8").split(begin)
+    text = "\n".join([begin, *lines, end])
+    path.write_text(before + text + rest.split(end)[1], encoding="utf-8")
+
+
+def plot(arguments):
+    """One picture an environment: training returns, mean over seeds and 95% band; the references."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    from matplotlib import pyplot as plt
+
+    with open(CURVES, encoding="utf-8", newline="") as file:
+        points = list(csv.DictReader(file))
+    by_env = {}
+    for row in rows(arguments):
+        by_env.setdefault(row["env"], []).append(row)
+    drawn = []
+    for env, its_rows in by_env.items():
+        figure, axes = plt.subplots(figsize=(4.5, 3), layout="constrained")
+        if any([draw(axes, row, points) for row in its_rows]):
+            figure.savefig(HERE / f"plots/{env}.png", dpi=110)
+            drawn.append(env)
+        plt.close(figure)
+    columns = min(3, len(drawn))
+    shape = (-(-len(drawn) // columns), columns)
+    figure, grid = plt.subplots(*shape, figsize=(4 * columns, 2.7 * shape[0]), squeeze=False)
+    for axes in grid.flat[len(drawn) :]:
+        axes.set_visible(False)
+    for env, axes in zip(drawn, grid.flat, strict=False):
+        for row in by_env[env]:
+            draw(axes, row, points)
+    figure.tight_layout()
+    figure.savefig(HERE / "plots/overview.png", dpi=90)
+
+
+def draw(axes, row, points):
+    """The curve of one row, if it was measured with today's script."""
+    seeds = {}
+    for point in points:
+        if point["script"] == row["script"] and point["env"] == row["env"]:
+            if point["script_sha"] == sha(row) and int(point["seed"]) <= 100:
+                seeds.setdefault(point["seed"], []).append(
+                    (int(point["step"]), float(point["return"]))
+                )
+    if not seeds:
+        return False
+    x = np.linspace(0, row["steps"], 100)
+    curves = np.array([np.interp(x, *zip(*sorted(curve), strict=True)) for curve in seeds.values()])
+    bands = np.array([interval(column) for column in curves.T])
+    (line,) = axes.plot(x, curves.mean(0), label=row["script"])
+    axes.fill_between(x, *bands.T, alpha=0.25, color=line.get_color(), linewidth=0)
+    axes.axhline(row["reference"], linestyle=":", color=line.get_color(), linewidth=1)
+    axes.set(title=row["env"], xlabel="environment steps", ylabel="return of an episode")
+    axes.legend(loc="lower right", frameon=False)
+    return True
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--script", help="only the rows of this script")
+    parser.add_argument("--env", help="only the rows of this environment")
+    parser.add_argument("--tier", default="standard", choices=["standard", "full", "all"])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3, 4, 5])
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs side by side")
+    parser.add_argument("--peer", action="store_true", help="run stable-baselines3 instead")
+    parser.add_argument("--report", action="store_true", help="write tables and plots; run nothing")
+    parser.add_argument("--check", action="store_true", help="fail where a row is short or stale")
+    arguments = parser.parse_args()
+    if arguments.check:
+        bad = [result for result in map(judge, rows(arguments)) if result["verdict"] != "published"]
+        for result in bad:
+            print(result["verdict"], result["row"]["script"], result["row"]["env"])
+        sys.exit(any(result["verdict"] != "level" for result in bad))
+    if arguments.report:
+        report(arguments)
+    else:
+        run_missing(arguments)
+
+
+if __name__ == "__main__":
+    main()
