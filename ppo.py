@@ -1,7 +1,8 @@
 """Proximal Policy Optimization: reuse each batch for several updates, held near its own policy.
 
-Derivations: "Proximal Policy Optimization (PPO)", "Importance Sampling", "Do We Actually Need the
-KL Term?", "The PPO Clip Objective", "Problems with the Clip Objective", "The Asymmetric Clip: DAPO".
+Derivations: "Proximal Policy Optimization (PPO)", "Importance Sampling",
+"Do We Actually Need the KL Term?", "The PPO Clip Objective", "Problems with the Clip Objective",
+"The Asymmetric Clip: DAPO".
 
     1.  Initialise the policy π_θ and the critic V_φ.
     2.  Let μ = π_θ act for T steps in each of N environments.
@@ -10,17 +11,18 @@ KL Term?", "The PPO Clip Objective", "Problems with the Clip Objective", "The As
     5.      r(θ) = π_θ(a|s) / μ(a|s)
     6.      L = E[min(r A^μ, clip(r, 1 - ε_low, 1 + ε_high) A^μ)]   or   E[r A^μ] - α KL(μ ‖ π_θ)
     7.      One Adam step on θ, φ up the gradient of  L + c_H H(π_θ) - c_V E[(V_φ - G)²]
-    8.      After each pass over the batch: leave if the estimated KL(μ ‖ π_θ) exceeds its target.
+    8.      After each pass over the batch: leave if KL(μ ‖ π_θ) exceeds its target.
     9.  Update the running statistics of the observations; repeat from 2.
 
 Notation: s -> obs -> (T+1, N, obs_dim);  a -> actions -> (T, N) or (T, N, action_dim);
-r_t, A^μ, G -> rewards, advantages, returns -> (T, N);  V_φ -> values -> (T+1, N);
-r(θ), log π_θ, log μ -> ratio, logp, logp_old -> (B,), the samples of a minibatch.
+r_t, A^μ -> rewards, advantages -> (T, N);  V_φ -> values -> (T+1, N).  b_...: the real steps of the
+batch, flat: log μ, G -> b_logp_old, b_returns -> (B,).  Of a minibatch: r(θ), log π_θ -> ratio, logp.
 
 Beyond the document: GAE(λ) (Schulman et al. 2016, arXiv 1506.02438), of which the document's
 one-step advantage is λ = 0; standardised advantages, entropy bonus, gradient-norm clip, linear
-learning-rate decay and normalised observations and rewards, as in the author's code. The value loss
+learning-rate decay, and observations and rewards normalised by running statistics. The value loss
 is not clipped. A time limit (truncated) cuts the trace but not the value: only terminated does.
+Under torchrun, gradients are averaged over processes, and what is logged is that of rank 0.
 
 Paper: Schulman et al. 2017, Proximal Policy Optimization Algorithms, arXiv 1707.06347.
 """
@@ -30,7 +32,7 @@ import os
 import signal
 import sys
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass
 from typing import Literal, NoReturn
 
 import gymnasium as gym
@@ -54,21 +56,20 @@ class Args:
     epochs: int = 10  # K, passes over each batch
     minibatches: int = 4  # M, minibatches, hence Adam steps, in a pass
     clip_low: float = 0.2  # ε_low: the ratio is clipped to [1 - ε_low, 1 + ε_high]
-    clip_high: float | None = None  # ε_high; None: equal to ε_low
+    clip_high: float = 0.2  # ε_high
     objective: Literal["clip", "kl"] = "clip"  # or: surrogate, not clipped, minus α KL(μ ‖ π_θ)
     alpha: float = 1.0  # α, weight of that KL penalty; 0 leaves the surrogate without constraint
     target_kl: float = 0.0  # end the passes when KL(μ ‖ π_θ) exceeds this; 0: never
     gamma: float = 0.99  # γ, the discount
     gae_lambda: float = 0.95  # λ: 0 is the one-step advantage, 1 the Monte Carlo one
     learning_rate: float = 1e-3  # Adam's step size
-    anneal_lr: bool = (
-        True  # decay it linearly to 0 at --total-timesteps (a raised one stretches it)
-    )
+    anneal_lr: bool = True  # linear decay, to 0 at --total-timesteps, also where --resume raises it
     entropy_coef: float = 0.0  # c_H, weight of the entropy bonus
     value_coef: float = 0.5  # c_V, weight of the value loss
     max_grad_norm: float = 0.5  # clip of the gradient's global norm
     norm_obs: bool = False  # normalise observations by their running mean and variance
     norm_rewards: bool = False  # divide rewards by the running deviation of the discounted return
+    init_std: float = 1.0  # σ of the Gaussian policy at the start, 1 being half the action's range
     hidden: int = 64  # units in each of the two hidden layers
 
     env_id: str = "CartPole-v1"  # gymnasium id; module:Name-v0 imports module first
@@ -86,7 +87,7 @@ class Args:
 
 
 class RunningNorm(nn.Module):
-    """Normalise by the running mean and variance of everything given to update."""
+    """Normalise by the running mean and variance of what update was given; clip to [-10, 10]."""
 
     def __init__(self, *shape: int):
         super().__init__()
@@ -96,12 +97,12 @@ class RunningNorm(nn.Module):
 
     @torch.no_grad()
     def update(self, x: Tensor) -> None:
-        """Fold in x, (B, *shape), by its sums around the present mean: these add over processes."""
-        d = x.double() - self.mean
-        n, d_sum, d2_sum = torch.full_like(self.count, len(x)), d.sum(0), (d * d).sum(0)
-        all_mean(n, d_sum, d2_sum)
-        total, shift = self.count + n, d_sum / (self.count + n)
-        self.var.copy_(((self.count * self.var + d2_sum) / total - shift**2).clamp(min=0))
+        """Fold in x, (B, *shape): its sums around the present mean, averaged over processes."""
+        deviation = x.double() - self.mean
+        n, first, second = self.count.new_tensor(len(x)), deviation.sum(0), deviation.pow(2).sum(0)
+        all_mean(n, first, second)
+        total, shift = self.count + n, first / (self.count + n)
+        self.var.copy_(((self.count * self.var + second) / total - shift**2).clamp(min=0))
         self.mean += shift
         self.count += n
 
@@ -127,7 +128,7 @@ class SoftmaxPolicy(nn.Module):
         self.logits = mlp(norm, obs_dim, hidden, int(space.n), 0.01)
 
     def act(self, obs: Tensor, greedy: bool = False) -> Tensor:
-        """a ~ π_θ(·|s), as the argmax of h + Gumbel noise; or argmax_a π_θ(a|s). (..., )."""
+        """a ~ π_θ(·|s), as the argmax of h + Gumbel noise; or argmax_a π_θ(a|s). (...)."""
         logits = self.logits(obs)
         noise = 0 if greedy else -torch.empty_like(logits).exponential_().log()
         return (logits + noise).argmax(-1)
@@ -143,15 +144,20 @@ class SoftmaxPolicy(nn.Module):
 
 
 class GaussianPolicy(nn.Module):
-    """π_θ(a|s) = N(a | μ_θ(s), diag σ²), over a Box, in units where finite bounds are -1 and 1."""
+    """π_θ(a|s) = N(a | m_θ(s), diag σ²) over a Box, whose bounded dimensions are scaled to [-1, 1].
 
-    def __init__(self, norm: nn.Module, obs_dim: int, space: gym.spaces.Box, hidden: int):
+    m_θ is the document's μ_θ, whose letter is the behaviour policy's here.
+    """
+
+    def __init__(
+        self, norm: nn.Module, obs_dim: int, space: gym.spaces.Box, hidden: int, std: float
+    ):
         super().__init__()
-        bounded = np.isfinite(space.low) & np.isfinite(space.high)
+        bounded = np.maximum(np.abs(space.low), np.abs(space.high)) < 1e9
         low, high = np.where(bounded, space.low, -1), np.where(bounded, space.high, 1)
         self.space, self.scale, self.shift = space, (high - low) / 2, (high + low) / 2
         self.norm, self.mean = norm, mlp(norm, obs_dim, hidden, low.size, 0.01)
-        self.log_std = nn.Parameter(torch.zeros(low.size))
+        self.log_std = nn.Parameter(torch.full((low.size,), std).log())
 
     def act(self, obs: Tensor, greedy: bool = False) -> Tensor:
         """a ~ π_θ(·|s), not clipped to the bounds, or its mean; (..., action_dim)."""
@@ -160,9 +166,8 @@ class GaussianPolicy(nn.Module):
 
     def log_prob(self, obs: Tensor, action: Tensor) -> tuple[Tensor, Tensor]:
         """log π_θ(a|s), (...), and the entropy of π_θ(·|s), the same for all s, ()."""
-        return gaussian_log_prob(self.mean(obs), self.log_std, action), gaussian_entropy(
-            self.log_std
-        )
+        logp = gaussian_log_prob(self.mean(obs), self.log_std, action)
+        return logp, gaussian_entropy(self.log_std)
 
     def to_env(self, action: Tensor) -> np.ndarray:
         """What the environments take for action: in their units, within bounds, (N, *shape)."""
@@ -170,11 +175,13 @@ class GaussianPolicy(nn.Module):
         return action.clip(self.space.low, self.space.high).astype(self.space.dtype)
 
 
-def make_policy(envs: gym.vector.VectorEnv, hidden: int, norm_obs: bool) -> nn.Module:
+def make_policy(envs: gym.vector.VectorEnv, args: Args) -> nn.Module:
     """The policy for the spaces of envs."""
     obs_dim, space = envs.single_observation_space.shape[0], envs.single_action_space
-    policy = SoftmaxPolicy if isinstance(space, gym.spaces.Discrete) else GaussianPolicy
-    return policy(RunningNorm(obs_dim) if norm_obs else nn.Identity(), obs_dim, space, hidden)
+    norm = RunningNorm(obs_dim) if args.norm_obs else nn.Identity()
+    if isinstance(space, gym.spaces.Discrete):
+        return SoftmaxPolicy(norm, obs_dim, space, args.hidden)
+    return GaussianPolicy(norm, obs_dim, space, args.hidden, args.init_std)
 
 
 # Equations ----------------------------------------------------------------------------------------
@@ -198,9 +205,9 @@ def softmax_entropy(logits):
 
 
 def gaussian_log_prob(mean, log_std, action):
-    """log π(a|s) = -½ (a - μ)ᵀ Σ⁻¹ (a - μ) + C,  Σ = diag σ²   [Gaussian Policy, eq. 8]
+    """log π(a|s) = -½ (a - m)ᵀ Σ⁻¹ (a - m) + C,  Σ = diag σ²   [Gaussian Policy, eq. 8]
 
-    mean μ, action: (..., d); log_std log σ: (d,). Returns (...), in nats, with the constant C.
+    mean m, action: (..., d); log_std log σ: (d,). Returns (...), in nats, with the constant C.
     """
     z = (action - mean) / log_std.exp()
     return -(0.5 * z**2 + log_std + 0.5 * math.log(2 * math.pi)).sum(-1)
@@ -217,8 +224,8 @@ def gaussian_entropy(log_std):
 def discounted_sums(rewards, valid, start, gamma):
     """R_t = r_t + γ R_{t-1}, from 0 in each episode; its deviation is the scale of the rewards.
 
-    It looks back where the return of [Rewards and Returns, eq. 3] looks ahead, as in the author's
-    code. rewards, valid (False on reset steps): (T, N); start, R before them: (N,). Returns (T, N).
+    It looks back where the return of [Rewards and Returns] looks ahead (Engstrom et al. 2020).
+    rewards, valid (False on reset steps): (T, N); start, R before them: (N,). Returns (T, N).
     """
     sums = [start]
     for reward, keep in zip(rewards, gamma * valid, strict=True):
@@ -229,7 +236,7 @@ def discounted_sums(rewards, valid, start, gamma):
 def gae(rewards, values, terminated, truncated, gamma, gae_lambda):
     """A_t = δ_t + γλ (1 - ended_t) A_{t+1},   δ_t = r_t + γ (1 - terminated_t) V(s_{t+1}) - V(s_t)
 
-    δ_t: [Review: Actor-Critic and the Advantage Function, eq. 2]; A_t: Schulman et al. 2016, eq. 16.
+    δ_t is [Review: Actor-Critic and the Advantage Function, eq. 2], A_t Schulman et al. 2016, eq. 16.
     Both kinds of end cut the trace, terminated alone the value of the successor.
     rewards, terminated, truncated: (T, N); values, V of s_0 to s_T: (T+1, N). Returns (T, N), in
     units of reward: those of reset steps are meaningless, and no other advantage reads them.
@@ -253,7 +260,7 @@ def clipped_surrogate(ratio, advantages, clip_low, clip_high):
 
 
 def penalized_surrogate(ratio, advantages, kl, alpha):
-    """E[r A^μ] - α KL(μ ‖ π_θ)   [Importance Sampling, eq. 4]
+    """E[r A^μ] - α KL(μ ‖ π_θ), what stands in the brackets of [Importance Sampling, eq. 4]
 
     ratio r(θ), advantages A^μ: (B,); kl: (). Returns (), to be maximised.
     """
@@ -285,18 +292,17 @@ def train(args: Args) -> np.ndarray:
     check(args)
     rank, world = start_processes()
     T, N, device, gamma = args.num_steps, args.num_envs // world, args.device, args.gamma
-    clip_low = args.clip_low
-    clip_high = clip_low if args.clip_high is None else args.clip_high
-    most = N * (T // 2)  # every second step can be a reset step, which is in no minibatch
-    if N * world != args.num_envs or args.minibatches > most:
-        stop(f"--num-envs must divide by {world} processes, --minibatches be at most {most}")
+    clip_low, clip_high = args.clip_low, args.clip_high
+    fewest = N * (T // 2)  # real steps in a batch, when every second one is a reset step
+    if N * world != args.num_envs or args.minibatches > fewest:
+        stop(f"--num-envs must be a multiple of {world}, --minibatches at most {fewest}")
 
     # 1. Initialise, alike in every process.
     if args.hidden * N * T // args.minibatches < 2**16:
         torch.set_num_threads(1)  # layers this small lose more to threads than they gain
     torch.manual_seed(args.seed)
     envs = gym.wrappers.vector.RecordEpisodeStatistics(make_envs(args.env_id, N))
-    policy = make_policy(envs, args.hidden, args.norm_obs).to(device)
+    policy = make_policy(envs, args).to(device)
     obs_dim = envs.single_observation_space.shape[0]
     critic = mlp(policy.norm, obs_dim, args.hidden, 1, gain=1.0).to(device)
     parameters = [*policy.parameters(), *critic.parameters()]
@@ -324,16 +330,16 @@ def train(args: Args) -> np.ndarray:
         remaining = 1 - run.step / args.total_timesteps
         optimizer.param_groups[0]["lr"] = args.learning_rate * (remaining if args.anneal_lr else 1)
 
-        # 2. Act with μ = π_θ, computing only what the next action needs.
+        # 2. μ = π_θ acts. Nothing is computed but what the next action needs.
         obs[0], valid[0] = obs[T], valid[T]
         for t in range(T):
             with torch.no_grad():
                 actions[t] = action = policy.act(obs[t])
-            step = envs.step(policy.to_env(action))
-            obs[t + 1], rewards[t], terminated[t], truncated[t] = map(torch.from_numpy, step[:4])
+            outcome = map(torch.from_numpy, envs.step(policy.to_env(action))[:4])
+            obs[t + 1], rewards[t], terminated[t], truncated[t] = outcome
         valid[1:] = ~(terminated | truncated)
 
-        # 3. Advantages and returns; values and log μ of the whole rollout take one pass each.
+        # 3. Advantages and returns. Values and log μ of the whole rollout take one pass each.
         with torch.no_grad():
             if args.norm_rewards:
                 discounted = discounted_sums(rewards, valid[:T], discounted[-1], gamma)
@@ -344,33 +350,34 @@ def train(args: Args) -> np.ndarray:
             logp_old, _ = policy.log_prob(obs[:T], actions)
         batch = obs[:T], actions, logp_old, advantages, advantages + values[:T]
         b_obs, b_actions, b_logp_old, b_advantages, b_returns = (x[valid[:T]] for x in batch)
+        # Before they are standardised, A^μ = G - V_φ: the variance of G that V_φ leaves unexplained.
         explained = 1 - b_advantages.var(correction=0) / (b_returns.var(correction=0) + 1e-8)
         std, mean = torch.std_mean(b_advantages, correction=0)
         b_advantages = (b_advantages - mean) / (std + 1e-8)
 
         for epoch in range(args.epochs):
-            # 4.
+            # 4. One pass over the batch.
             losses = []
             for i in torch.randperm(len(b_obs), device=device).tensor_split(args.minibatches):
-                # 5.
+                # 5. Importance ratio.
                 logp, entropy = policy.log_prob(b_obs[i], b_actions[i])
                 ratio = (logp - b_logp_old[i]).exp()
-                # 6.
+                # 6. Objective.
                 if args.objective == "clip":
                     objective = clipped_surrogate(ratio, b_advantages[i], clip_low, clip_high)
                 else:
                     kl = kl_divergence(b_logp_old[i], logp)
                     objective = penalized_surrogate(ratio, b_advantages[i], kl, args.alpha)
-                # 7.
-                error = value_loss(critic(b_obs[i]).squeeze(-1), b_returns[i])
-                loss = args.value_coef * error - objective - args.entropy_coef * entropy.mean()
+                # 7. Adam step.
+                v_loss = value_loss(critic(b_obs[i]).squeeze(-1), b_returns[i])
+                loss = args.value_coef * v_loss - objective - args.entropy_coef * entropy.mean()
                 optimizer.zero_grad()
                 loss.backward()
                 all_mean(*(parameter.grad for parameter in parameters))
                 grad_norm = nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)
                 optimizer.step()
-                losses.append(torch.stack([-objective, error, grad_norm]).detach())
-            # 8.
+                losses.append(torch.stack([-objective, v_loss, grad_norm]).detach())
+            # 8. Estimate the KL over the whole batch.
             if epoch == args.epochs - 1 or args.target_kl > 0:
                 with torch.no_grad():
                     logp, entropy = policy.log_prob(b_obs, b_actions)
@@ -379,14 +386,14 @@ def train(args: Args) -> np.ndarray:
                 if 0 < args.target_kl < kl:
                     break
 
-        # 9.
+        # 9. Statistics of the observations, for the next rollout.
         if args.norm_obs:
             policy.norm.update(b_obs)
 
         ratio = (logp - b_logp_old).exp()
         clipped = ((ratio < 1 - clip_low) | (ratio > 1 + clip_high)).float()
-        policy_loss, critic_loss, grad_norm = torch.stack(losses).mean(0)
-        scalars = {"policy_loss": policy_loss, "value_loss": critic_loss, "grad_norm": grad_norm}
+        policy_loss, v_loss, grad_norm = torch.stack(losses).mean(0)
+        scalars = {"policy_loss": policy_loss, "value_loss": v_loss, "grad_norm": grad_norm}
         scalars |= {"entropy": entropy.mean(), "kl": kl, "clip_fraction": clipped.mean()}
         run.update(len(b_obs), scalars | {"explained_variance": explained})
     return run.finish()
@@ -405,7 +412,7 @@ def check(args: Args) -> None:
     """Stop at a number out of range: sizes begin at 1, other numbers at 0, some end at 1."""
     for name, value in vars(args).items():
         low = int(type(value) is int and name not in ("seed", "eval_every", "checkpoint_every"))
-        high = 1 if name in ("gamma", "gae_lambda") else math.inf
+        high = 1 if name in ("gamma", "gae_lambda") else 1e18
         if isinstance(value, (int, float)) and not low <= value <= high:
             stop(f"--{name.replace('_', '-')} {value} is out of range: {low} to {high}")
     if args.device == "cuda" and not torch.cuda.is_available():
@@ -414,7 +421,7 @@ def check(args: Args) -> None:
 
 def start_processes() -> tuple[int, int]:
     """Rank and number of the processes that torchrun started; (0, 1) without it."""
-    if "RANK" in os.environ:
+    if "RANK" in os.environ and not dist.is_initialized():
         dist.init_process_group()
     return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
 
@@ -438,8 +445,8 @@ def make_envs(env_id: str, n: int, **kwargs) -> gym.vector.VectorEnv:
     obs_space, action_space = envs.single_observation_space, envs.single_action_space
     image = obs_space.dtype == np.uint8 and len(obs_space.shape) > 1
     if image or not obs_space.is_np_flattenable or not isinstance(action_space, ACTION_SPACES):
-        can = " or ".join(space.__name__ for space in ACTION_SPACES)
-        stop(f"{env_id} maps {obs_space} to {action_space}; can do: no images, to {can}")
+        supported = " and ".join(space.__name__ for space in ACTION_SPACES)
+        stop(f"{env_id} maps {obs_space} to {action_space}; supported: no images, {supported}")
     flat = isinstance(obs_space, gym.spaces.Box) and len(obs_space.shape) == 1
     return envs if flat else gym.wrappers.vector.FlattenObservation(envs)
 
@@ -452,7 +459,7 @@ def load_checkpoint(path: str, spaces: str = "", modules: dict | None = None) ->
             raise ValueError(f"it is of {checkpoint['script']}.py on {checkpoint['spaces']}")
         for name, module in (modules or {}).items():
             module.load_state_dict(checkpoint[name])
-        torch.set_rng_state(checkpoint["rng"])
+        checkpoint["args"] = Args(**checkpoint["args"])
     except Exception as error:
         stop(f"cannot resume from {path}: {type(error).__name__}: {error}")
     return checkpoint
@@ -469,12 +476,11 @@ class Run:
         if args.resume:
             self.dir = args.run_dir or os.path.dirname(args.resume) or "."
             self.step = load_checkpoint(args.resume, self.spaces, modules)["env_steps"]
-        if rank > 0 or not args.resume:  # random numbers of its own; rank 0 has those it saved
-            torch.manual_seed(env_seed(args.seed, self.step, rank))
+        torch.manual_seed(env_seed(args.seed, self.step, rank))
         self.first_step, self.start_time = self.step, time.time()
         self.writer = SummaryWriter(self.dir, purge_step=self.step + 1) if rank == 0 else None
         self.bar = tqdm(total=args.total_timesteps, initial=self.step, disable=rank > 0 or None)
-        self.signalled = self.interrupted = False
+        self.signalled = self.interrupted = False  # in this process; in any, as all have agreed
         signal.signal(signal.SIGINT, lambda *_: setattr(self, "signalled", True))
 
     def update(self, steps: int, losses: dict[str, Tensor]) -> None:
@@ -505,33 +511,34 @@ class Run:
         """Write the checkpoint aside, then put it in the place of the last one."""
         checkpoint = {name: module.state_dict() for name, module in self.modules.items()}
         checkpoint |= {"script": SCRIPT, "spaces": self.spaces, "env_steps": self.step}
-        checkpoint["args"] = asdict(replace(self.args, run_dir="", resume=""))
-        torch.save(checkpoint | {"rng": torch.get_rng_state()}, f"{self.dir}/checkpoint.tmp")
-        os.replace(f"{self.dir}/checkpoint.tmp", f"{self.dir}/checkpoint.pt")
+        checkpoint["args"] = vars(self.args) | {"run_dir": "", "resume": ""}
         self.writer.flush()
+        torch.save(checkpoint, f"{self.dir}/checkpoint.tmp")
+        os.replace(f"{self.dir}/checkpoint.tmp", f"{self.dir}/checkpoint.pt")
 
     def evaluate(self) -> np.ndarray:
-        """Returns of --eval-episodes whole episodes, without discount, on seeds training never sees.
+        """Undiscounted returns of --eval-episodes whole episodes, on seeds training never sees.
 
         Each environment plays one: of the first to end among many, too many would be short. For a
         video they are played in turn.
         """
         args, seed = self.args, 2**30 + env_seed(self.args.seed, 0, 0)
-        n, options = args.eval_episodes, {}
         if args.capture_video:
-            n, options = 1, {"render_mode": "rgb_array"}
-        envs = make_envs(args.env_id, n, **options)
-        if args.capture_video:
-            where = {"video_folder": f"{self.dir}/videos", "name_prefix": f"step-{self.step}"}
-            envs = gym.wrappers.vector.RecordVideo(envs, **where, episode_trigger=lambda _: True)
+            video = {"video_folder": f"{self.dir}/videos", "name_prefix": f"step-{self.step}"}
+            envs = make_envs(args.env_id, 1, render_mode="rgb_array")
+            envs = gym.wrappers.vector.RecordVideo(envs, **video, episode_trigger=lambda _: True)
+        else:
+            envs = make_envs(args.env_id, args.eval_episodes)
         returns = np.zeros(args.eval_episodes)
-        for first in range(0, args.eval_episodes, n):
+        for first in range(0, args.eval_episodes, envs.num_envs):
             obs, _ = envs.reset(seed=seed + first)
-            running = np.ones(n, np.bool_)
-            while running.any():
+            running = np.ones(envs.num_envs, np.bool_)
+            for _ in range(100_000):  # there may be no time limit
                 obs, reward, terminated, truncated, _ = envs.step(self.act(obs))
-                returns[first : first + n] += reward * running
+                returns[first : first + envs.num_envs] += reward * running
                 running &= ~(terminated | truncated)
+                if not running.any():
+                    break
         envs.close()
         self.writer.add_scalar("charts/eval_return", returns.mean(), self.step)
         return returns
@@ -548,19 +555,17 @@ class Run:
             stop(f"stopped at step {self.step}; --resume {self.dir}/checkpoint.pt goes on", 130)
         returns = self.evaluate()
         self.writer.close()
-        print(
-            f"eval_return_mean={returns.mean():.1f} eval_return_std={returns.std():.1f} "
-            f"eval_episodes={len(returns)} env_steps={self.step} "
-            f"wall_seconds={time.time() - self.start_time:.1f}"
-        )
+        wall = time.time() - self.start_time
+        print(f"eval_return_mean={returns.mean():.2f} eval_return_std={returns.std():.2f}", end=" ")
+        print(f"eval_episodes={len(returns)} env_steps={self.step} wall_seconds={wall:.1f}")
         return returns
 
 
 if __name__ == "__main__":
     args = tyro.cli(Args)
     if args.resume:  # what the command line leaves out is as in the checkpoint
-        args = tyro.cli(Args, default=Args(**load_checkpoint(args.resume)["args"]))
+        args = tyro.cli(Args, default=load_checkpoint(args.resume)["args"])
     try:
         train(args)
     except (gym.error.Error, ImportError, OSError) as error:
-        stop(str(error))
+        stop(f"{type(error).__name__}: {error}")

@@ -123,11 +123,11 @@ LAST_LINES = """
 if __name__ == "__main__":
     args = tyro.cli(Args)
     if args.resume:  # what the command line leaves out is as in the checkpoint
-        args = tyro.cli(Args, default=Args(**load_checkpoint(args.resume)["args"]))
+        args = tyro.cli(Args, default=load_checkpoint(args.resume)["args"])
     try:
         train(args)
     except (gym.error.Error, ImportError, OSError) as error:
-        stop(str(error))""".strip()
+        stop(f"{type(error).__name__}: {error}")""".strip()
 
 
 @pytest.mark.parametrize("name", SCRIPTS)

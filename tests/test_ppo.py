@@ -61,7 +61,7 @@ def test_sampled_actions_follow_the_policy():
 def test_box_actions_are_scaled_and_clipped_for_the_environment_only():
     low, high = np.array([-1, 0, -np.inf, 2]), np.array([1, 10, np.inf, np.inf])
     space = ppo.gym.spaces.Box(low.reshape(2, 2), high.reshape(2, 2), dtype=np.float64)
-    policy = ppo.GaussianPolicy(torch.nn.Identity(), 3, space, 8)
+    policy = ppo.GaussianPolicy(torch.nn.Identity(), 3, space, 8, std=1.0)
     action = torch.tensor([[0.5, 0.5, 0.5, 0.5], [2.0, 2.0, 2.0, 2.0], [-2.0, -2.0, -2.0, 9.0]])
     sent = policy.to_env(action)
     assert sent.shape == (3, 2, 2) and all(space.contains(a) for a in sent)
@@ -238,7 +238,7 @@ def trained(tmp_path, env_id, steps, **options):
     returns = ppo.train(args)
     checkpoint = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
     env = ppo.make_envs(env_id, 1)
-    policy = ppo.make_policy(env, args.hidden, args.norm_obs)
+    policy = ppo.make_policy(env, args)
     critic = ppo.mlp(policy.norm, env.single_observation_space.shape[0], args.hidden, 1, 1.0)
     policy.load_state_dict(checkpoint["policy"])
     critic.load_state_dict(checkpoint["critic"])

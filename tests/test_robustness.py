@@ -116,7 +116,7 @@ def test_resume_after_a_kill(name, tmp_path, capsys):
     log = EventAccumulator(str(tmp_path)).Reload()
     logged = [event.step for event in log.Scalars("charts/SPS")]
     assert logged == sorted(set(logged)), "no stretch is logged twice"
-    assert min(logged) < killed < max(logged)
+    assert min(logged) <= killed < max(logged)
 
 
 @every_script
@@ -161,6 +161,18 @@ def test_resume_takes_the_options_of_the_checkpoint(name, tmp_path):
     assert saved["args"]["seed"] == 7 and saved["args"]["env_id"] == "Both-v0"
     expected = dataclasses.asdict(args(name, "", seed=7, total_timesteps=800))
     assert saved["args"] == expected
+
+
+def test_raising_the_total_stretches_the_learning_rate_decay(tmp_path):
+    options = dict(learning_rate=1.0, num_envs=2, num_steps=50, env_id="Truncates-v0")
+    rates = []
+    for total in (300, 600):
+        resume = str(tmp_path / "checkpoint.pt") if rates else ""
+        module("ppo").train(args("ppo", tmp_path, **options, total_timesteps=total, resume=resume))
+        last = load(tmp_path)
+        rates.append(last["optimizer"]["param_groups"][0]["lr"])
+        steps = [e.step for e in EventAccumulator(str(tmp_path)).Reload().Scalars("losses/kl")]
+        assert rates[-1] == pytest.approx(1 - steps[-2] / total)
 
 
 @every_script
@@ -356,5 +368,5 @@ def test_torchrun(name, tmp_path):
         text=True,
     )
     assert run.returncode == 0, run.stderr
-    assert len(run.stdout.splitlines()) == 1 and "eval_return_mean=1.0 " in run.stdout
+    assert len(run.stdout.splitlines()) == 1 and "eval_return_mean=1.00 " in run.stdout
     assert len(list(tmp_path.glob("events*"))) == 1 and load(tmp_path)["env_steps"] >= 8_000
