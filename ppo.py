@@ -16,7 +16,7 @@ Derivations: "Proximal Policy Optimization (PPO)", "Importance Sampling",
 
 Notation: s -> obs -> (T+1, N, obs_dim);  a -> actions -> (T, N) or (T, N, action_dim);
 r_t, A^μ -> rewards, advantages -> (T, N);  V_φ -> values -> (T+1, N).  b_...: the real steps of the
-batch, flat: log μ, G -> b_logp_old, b_returns -> (B,).  Of a minibatch: r(θ), log π_θ -> ratio, logp.
+batch, flat: log μ, G -> b_logp_old, b_returns -> (B,). Of a minibatch: r, log π_θ -> ratio, logp.
 
 Beyond the document: GAE(λ) (Schulman et al. 2016, arXiv 1506.02438), of which the document's
 one-step advantage is λ = 0; standardised advantages, entropy bonus, gradient-norm clip, linear
@@ -144,7 +144,7 @@ class SoftmaxPolicy(nn.Module):
 
 
 class GaussianPolicy(nn.Module):
-    """π_θ(a|s) = N(a | m_θ(s), diag σ²) over a Box, whose bounded dimensions are scaled to [-1, 1].
+    """π_θ(a|s) = N(a | m_θ(s), diag σ²) over a Box, its bounded dimensions scaled to [-1, 1].
 
     m_θ is the document's μ_θ, whose letter is the behaviour policy's here.
     """
@@ -236,7 +236,7 @@ def discounted_sums(rewards, valid, start, gamma):
 def gae(rewards, values, terminated, truncated, gamma, gae_lambda):
     """A_t = δ_t + γλ (1 - ended_t) A_{t+1},   δ_t = r_t + γ (1 - terminated_t) V(s_{t+1}) - V(s_t)
 
-    δ_t is [Review: Actor-Critic and the Advantage Function, eq. 2], A_t Schulman et al. 2016, eq. 16.
+    [Review: Actor-Critic and the Advantage Function, eq. 2] and Schulman et al. 2016, eq. 16.
     Both kinds of end cut the trace, terminated alone the value of the successor.
     rewards, terminated, truncated: (T, N); values, V of s_0 to s_T: (T+1, N). Returns (T, N), in
     units of reward: those of reset steps are meaningless, and no other advantage reads them.
@@ -350,7 +350,7 @@ def train(args: Args) -> np.ndarray:
             logp_old, _ = policy.log_prob(obs[:T], actions)
         batch = obs[:T], actions, logp_old, advantages, advantages + values[:T]
         b_obs, b_actions, b_logp_old, b_advantages, b_returns = (x[valid[:T]] for x in batch)
-        # Before they are standardised, A^μ = G - V_φ: the variance of G that V_φ leaves unexplained.
+        # Not yet standardised, A^μ = G - V_φ is what V_φ leaves unexplained of G.
         explained = 1 - b_advantages.var(correction=0) / (b_returns.var(correction=0) + 1e-8)
         std, mean = torch.std_mean(b_advantages, correction=0)
         b_advantages = (b_advantages - mean) / (std + 1e-8)

@@ -107,6 +107,7 @@ def test_no_kill_leaves_an_unreadable_checkpoint(name, tmp_path):
 @every_script
 def test_resume_after_a_kill(name, tmp_path, capsys):
     kill_after(name, tmp_path, 0.1)
+    time.sleep(1)  # event files are ordered by the second
     killed = load(tmp_path)["env_steps"]
     total, path = killed + 500, str(tmp_path / "checkpoint.pt")
     returns = module(name).train(args(name, "", resume=path, total_timesteps=total))
