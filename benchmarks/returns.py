@@ -63,9 +63,8 @@ def command(row):
 def sha(row, peer=False):
     """Hash of what decides the result: syntax tree and options, or the peer's settings."""
     if peer:
-        from stable_baselines3 import __version__
-
-        text = f"{__version__} {row['env']} {row['steps']} {sorted(row['peer'].items())}"
+        pinned = re.search(r"stable-baselines3==\S+", (HERE / "requirements.txt").read_text())[0]
+        text = f"{pinned} {row['env']} {row['steps']} {sorted(row['peer'].items())}"
         return hashlib.sha256(text.encode()).hexdigest()[:12]
     tree = ast.parse((ROOT / f"{row['script']}.py").read_text(encoding="utf-8"))
     for node in ast.walk(tree):

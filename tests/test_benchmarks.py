@@ -1,0 +1,62 @@
+"""The benchmark runner: what makes a result stale, and what counts as published, level or short."""
+
+import argparse
+import sys
+
+import pytest
+from conftest import ROOT
+
+sys.path.append(str(ROOT / "benchmarks"))
+import returns  # noqa: E402
+
+ALL = argparse.Namespace(tier="all", script=None, env=None)
+
+
+def test_every_row_can_be_run_and_judged():
+    table = list(returns.rows(ALL))
+    assert table
+    for row in table:
+        assert row["metric"] in ("greedy", "best", "train") and row["tier"] in ("standard", "full")
+        assert returns.command(row).startswith(f"--env-id {row['env']} --total-timesteps ")
+        assert returns.judge(row)["verdict"] in ("published", "level", "short", "stale", "not run")
+
+
+def test_only_what_decides_a_result_makes_it_stale(tmp_path, monkeypatch):
+    monkeypatch.setattr(returns, "ROOT", tmp_path)
+    row = {"script": "x", "env": "E-v0", "steps": 10, "metric": "greedy"}
+
+    def sha(source, **changes):
+        (tmp_path / "x.py").write_text(source)
+        return returns.sha({**row, **changes})
+
+    base = sha('"""Doc."""\n\ndef f(a: int) -> int:\n    """Doc."""\n    return a + 1\n')
+    assert base == sha('"""Other."""\ndef f(a):\n    return a + 1  # why\n')
+    assert base != sha("def f(a):\n    return a + 2\n")
+    assert base != sha("def f(a):\n    return a + 1\n", options="--gamma 0.9")
+
+
+@pytest.mark.parametrize(
+    ("ours", "peer", "verdict"),
+    [
+        ([500, 500, 500], None, "published"),
+        ([496, 495, 495], None, "published"),  # within the tolerance of 5
+        ([500, 500, 450], None, "level"),  # the interval reaches the bar
+        ([400, 410, 405], None, "short"),
+        ([400, 410, 405], [380, 390, 385], "level"),  # of a single run that the peer misses too
+        ([300, 310, 305], [380, 390, 385], "short"),
+    ],
+)
+def test_verdicts(monkeypatch, ours, peer, verdict):
+    row = {"script": "ppo", "env": "CartPole-v1", "steps": 10, "metric": "greedy"}
+    row |= {"reference": 500, "tolerance": 5, "peer": {"algorithm": "PPO"}}
+    lines = []
+    for script, values in (("ppo", ours), ("sb3-ppo", peer or [])):
+        for seed, value in enumerate(values, 1):
+            line = {"script": script, "env": row["env"], "seed": str(seed), "metric": "greedy"}
+            line |= {"return_mean": str(value), "wall_seconds": "1", "env_steps": "10"}
+            lines.append(line | {"script_sha": "now"})
+    monkeypatch.setattr(returns, "measured", lambda: lines)
+    monkeypatch.setattr(returns, "sha", lambda row, peer=False: "now")
+    assert returns.judge(row)["verdict"] == verdict
+    monkeypatch.setattr(returns, "sha", lambda row, peer=False: "later")
+    assert returns.judge(row)["verdict"] == "stale"
