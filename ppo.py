@@ -501,7 +501,7 @@ class Run:
             self.bar.set_postfix_str(f"return {scalars['charts/episodic_return']:.1f}", False)
         for name, value in scalars.items():
             self.writer.add_scalar(name, value, self.step)
-        self.bar.update(self.step - last_step)
+        self.bar.update(min(self.step, self.args.total_timesteps) - self.bar.n)
         tasks = (self.args.eval_every, self.evaluate), (self.args.checkpoint_every, self.save)
         for every, task in tasks:
             if every > 0 and self.step // every > last_step // every:
