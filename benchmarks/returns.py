@@ -13,6 +13,7 @@ options: a result whose hash is not today's is stale, shown as such, and run aga
 import argparse
 import ast
 import csv
+import functools
 import hashlib
 import itertools
 import os
@@ -25,7 +26,7 @@ import sys
 import threading
 import time
 import tomllib
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 
 import numpy as np
 
@@ -60,22 +61,38 @@ def command(row):
     return " ".join(options.split())
 
 
+def dump(node):
+    """The syntax tree as nested lists; ast.dump differs between versions of Python."""
+    if isinstance(node, ast.AST):
+        fields = [(k, dump(v)) for k, v in ast.iter_fields(node) if v not in (None, [])]
+        return [type(node).__name__, *fields]
+    return [dump(item) for item in node] if isinstance(node, list) else repr(node)
+
+
+@functools.cache
+def script_dump(path, _modified):
+    """The syntax tree of a script without docstrings and annotations, as text."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    for node in ast.walk(tree):
+        documented = isinstance(node, (ast.FunctionDef, ast.ClassDef, ast.Module))
+        if documented and ast.get_docstring(node) is not None:
+            node.body = node.body[1:]
+        if isinstance(node, ast.FunctionDef):
+            node.returns = None
+        if isinstance(node, ast.arg):
+            node.annotation = None
+    return str(dump(tree))
+
+
 def sha(row, peer=False):
     """Hash of what decides the result: syntax tree and options, or the peer's settings."""
     if peer:
         pinned = re.search(r"stable-baselines3==\S+", (HERE / "requirements.txt").read_text())[0]
         text = f"{pinned} {row['env']} {row['steps']} {sorted(row['peer'].items())}"
         return hashlib.sha256(text.encode()).hexdigest()[:12]
-    tree = ast.parse((ROOT / f"{row['script']}.py").read_text(encoding="utf-8"))
-    for node in ast.walk(tree):
-        if isinstance(node, (ast.FunctionDef, ast.ClassDef, ast.Module)):
-            if ast.get_docstring(node) is not None:
-                node.body = node.body[1:]
-        if isinstance(node, ast.FunctionDef):
-            node.returns = None
-        if isinstance(node, ast.arg):
-            node.annotation = None
-    return hashlib.sha256(f"{ast.dump(tree)} {command(row)}".encode()).hexdigest()[:12]
+    path = ROOT / f"{row['script']}.py"
+    text = f"{script_dump(path, path.stat().st_mtime_ns)} {command(row)}"
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
 def measured():
@@ -89,6 +106,7 @@ def measured():
 def append(path, columns, lines):
     """Append lines, dictionaries, to the table path; its first line names the columns."""
     with LOCK:
+        path.parent.mkdir(exist_ok=True)
         new = not path.exists()
         with open(path, "a", encoding="utf-8", newline="") as file:
             writer = csv.DictWriter(file, columns, lineterminator="\n")
@@ -125,14 +143,14 @@ def run_ours(row, seed, run_dir):
     result = dict(pair.split("=") for pair in done.stdout.splitlines()[-1].split())
     values = {
         "return_mean": float(result["eval_return_mean"]),
-        "return_std": float(result["eval_return_std"]),
+        "return_std": float(result["eval_return_std"]) if row["metric"] == "greedy" else "",
         "episodes": int(result["eval_episodes"]),
     }
     steps, returns = scalars(run_dir, "charts/episodic_return")
     if row["metric"] == "best":
         values["return_mean"] = float(scalars(run_dir, "charts/eval_return")[1].max())
     elif row["metric"] == "train":  # the last value is the mean of the last 100 episodes
-        values.update(return_mean=float(returns[-1]), return_std=0.0, episodes=100)
+        values.update(return_mean=float(returns[-1]), episodes=100)
     values.update(env_steps=int(result["env_steps"]), wall_seconds=float(result["wall_seconds"]))
     return values, (steps, returns)
 
@@ -211,8 +229,12 @@ def run_missing(arguments):
             todo.append((row, seed, peer))
     print(f"{len(todo)} runs to do")
     with ThreadPoolExecutor(arguments.jobs) as pool:
-        for future in [pool.submit(run, *job) for job in todo]:
-            future.result()
+        futures = [pool.submit(run, *job) for job in todo]
+        try:
+            for future in as_completed(futures):
+                future.result()
+        finally:  # after Ctrl-C or a failure nothing new begins
+            pool.shutdown(wait=False, cancel_futures=True)
 
 
 def interval(values):
@@ -224,21 +246,23 @@ def interval(values):
 
 def judge(row):
     """What returns.toml calls published, level or short; with the numbers that decide."""
-    ours, stale, peer = {}, False, {}
+    ours, stale, peer, today = {}, False, {}, sha(row)
     for line in measured():
         if line["env"] != row["env"] or int(line["seed"]) > 100:
             continue
         if line["script"] == row["script"] and line["metric"] == row["metric"]:
-            if line["script_sha"] == sha(row):
+            if line["script_sha"] == today:
                 ours[line["seed"]] = line
             elif row["steps"] <= int(line["env_steps"]) < 1.1 * row["steps"]:
                 stale = True
         if "peer" in row and line["script"] == f"sb3-{row['script']}":
             if line["script_sha"] == sha(row, peer=True):
                 peer[line["seed"]] = float(line["return_mean"])
-    out = {"row": row, "seeds": len(ours), "peer": np.mean(list(peer.values())) if peer else None}
-    if not ours:
-        return {**out, "verdict": "stale" if stale else "not run"}
+    whole = ours.keys() <= peer.keys()  # the peer's bar is of the same seeds
+    peer_mean = np.mean([peer[seed] for seed in ours]) if ours and whole else None
+    out = {"row": row, "seeds": len(ours), "peer": peer_mean}
+    if len(ours) < (5 if row["tier"] == "standard" else 3):
+        return {**out, "verdict": "stale" if stale else "unfinished" if ours else "not run"}
     values = np.array([float(line["return_mean"]) for line in ours.values()])
     low, high = interval(values)
     least = row["reference"] - row["tolerance"]
@@ -258,8 +282,13 @@ def report(arguments):
         "| script | environment | steps | metric | reference | sb3 | ours | 95% | seeds | wall | |",
         "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
+    arguments.tier = "all"
+    table = []
     for row in rows(arguments):
         result = judge(row)
+        if row["tier"] == "full" and result["verdict"] == "not run":
+            continue
+        table.append(row)
         peer = "" if result["peer"] is None else f"{result['peer']:.1f}"
         line = f"| {row['script']} | {row['env']} | {row['steps']:,} | {row['metric']} "
         line += f"| {row['reference']} ± {row['tolerance']} | {peer} "
@@ -272,30 +301,44 @@ def report(arguments):
             line += "| | | | "
         lines.append(f"{line}| {result['verdict']} |")
     lines += ["", "Each row again, with seed 1:", "", "```"]
-    lines += [f"python {row['script']}.py --seed 1 {command(row)}" for row in rows(arguments)]
-    write_between("returns", [*lines, "```"])
-    plot(arguments)
+    lines += [f"python {row['script']}.py --seed 1 {command(row)}" for row in table]
+    write_between(HERE / "README.md", "returns", [*lines, "```"])
+    short = [
+        "| script | environment | steps | published | ours | 95% | |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for result in filter(lambda result: "values" in result, map(judge, table)):
+        row, low, high = result["row"], result["low"], result["high"]
+        short.append(
+            f"| {row['script']} | {row['env']} | {row['steps']:,} | {row['reference']} "
+            f"| {result['values'].mean():.1f} | {low:.1f} to {high:.1f} | {result['verdict']} |"
+        )
+    write_between(ROOT / "README.md", "returns", short)
+    plot(table)
 
 
-def write_between(name, lines):
-    """Replace what stands between the two markers of this name in benchmarks/README.md."""
-    path, (begin, end) = HERE / "README.md", (f"<!-- {name} -->", f"<!-- end of {name} -->")
+def write_between(path, name, lines):
+    """Replace what stands between the two markers of this name in the file."""
+    begin, end = f"<!-- {name} -->", f"<!-- end of {name} -->"
     before, rest = path.read_text(encoding="utf-8").split(begin)
     text = "\n".join([begin, *lines, end])
     path.write_text(before + text + rest.split(end)[1], encoding="utf-8")
 
 
-def plot(arguments):
+def plot(table):
     """One picture an environment: training returns, mean over seeds and 95% band; the references."""
     import matplotlib
 
     matplotlib.use("agg")
     from matplotlib import pyplot as plt
 
+    if not CURVES.exists():
+        return
     with open(CURVES, encoding="utf-8", newline="") as file:
         points = list(csv.DictReader(file))
+    (HERE / "plots").mkdir(exist_ok=True)
     by_env = {}
-    for row in rows(arguments):
+    for row in table:
         by_env.setdefault(row["env"], []).append(row)
     drawn = []
     for env, its_rows in by_env.items():
@@ -304,6 +347,8 @@ def plot(arguments):
             figure.savefig(HERE / f"plots/{env}.png", dpi=110)
             drawn.append(env)
         plt.close(figure)
+    if not drawn:
+        return
     columns = min(3, len(drawn))
     shape = (-(-len(drawn) // columns), columns)
     figure, grid = plt.subplots(*shape, figsize=(4 * columns, 2.7 * shape[0]), squeeze=False)
@@ -318,17 +363,19 @@ def plot(arguments):
 
 def draw(axes, row, points):
     """The curve of one row, if it was measured with today's script."""
-    seeds = {}
+    seeds, today = {}, sha(row)
     for point in points:
         if point["script"] == row["script"] and point["env"] == row["env"]:
-            if point["script_sha"] == sha(row) and int(point["seed"]) <= 100:
+            if point["script_sha"] == today and int(point["seed"]) <= 100:
                 seeds.setdefault(point["seed"], []).append(
                     (int(point["step"]), float(point["return"]))
                 )
     if not seeds:
         return False
     x = np.linspace(0, row["steps"], 100)
-    curves = np.array([np.interp(x, *zip(*sorted(curve), strict=True)) for curve in seeds.values()])
+    curves = np.array(
+        [np.interp(x, *zip(*sorted(curve), strict=True), left=np.nan) for curve in seeds.values()]
+    )
     bands = np.array([interval(column) for column in curves.T])
     (line,) = axes.plot(x, curves.mean(0), label=row["script"])
     axes.fill_between(x, *bands.T, alpha=0.25, color=line.get_color(), linewidth=0)
@@ -351,11 +398,14 @@ def main():
     parser.add_argument("--report", action="store_true", help="write tables and plots; run nothing")
     parser.add_argument("--check", action="store_true", help="fail where a row is short or stale")
     arguments = parser.parse_args()
+    if arguments.report and (arguments.script or arguments.env):
+        parser.error("--report is of all rows")
     if arguments.check:
-        bad = [result for result in map(judge, rows(arguments)) if result["verdict"] != "published"]
-        for result in bad:
-            print(result["verdict"], result["row"]["script"], result["row"]["env"])
-        sys.exit(any(result["verdict"] != "level" for result in bad))
+        results = list(map(judge, rows(arguments)))
+        for result in results:
+            if result["verdict"] != "published":
+                print(result["verdict"], result["row"]["script"], result["row"]["env"])
+        sys.exit(not results or any(r["verdict"] not in ("published", "level") for r in results))
     if arguments.report:
         report(arguments)
     else:

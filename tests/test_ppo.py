@@ -74,10 +74,18 @@ def test_box_actions_are_scaled_and_clipped_for_the_environment_only():
 # Surrogates
 
 
+# A distribution mu whose samples, each action as often as mu has it, are exact.
+COUNTS = torch.tensor([1, 2, 3, 4, 10])
+EXACT_MU, EACH = COUNTS.double() / COUNTS.sum(), torch.arange(5).repeat_interleave(COUNTS)
+
+
 def test_importance_sampling_is_unbiased():
-    mu, pi, f = finite(1)
-    weights = pi.softmax(-1) / mu.softmax(-1)
-    torch.testing.assert_close((mu.softmax(-1) * weights * f).sum(), (pi.softmax(-1) * f).sum())
+    """E_mu[pi / mu f] = E_pi[f], and so are the gradients."""
+    _, pi, f = finite(1)
+    ratio = (logps(pi, EACH) - logps(EXACT_MU.log(), EACH)).exp()
+    ours, exact = ppo.penalized_surrogate(ratio, f[EACH], 0.0, 0.0), (pi.softmax(-1) * f).sum()
+    torch.testing.assert_close(ours, exact)
+    torch.testing.assert_close(*(torch.autograd.grad(x, pi)[0] for x in (ours, exact)))
 
 
 def test_penalized_surrogate_is_the_objective():
@@ -96,12 +104,11 @@ def test_penalized_surrogate_is_the_objective():
 
 
 def test_kl_gradient():
-    """grad KL(mu || pi) = -E_mu[grad log pi], exactly on the finite problem."""
-    mu, pi, _ = finite(3)
-    weight = mu.softmax(-1)
-    exact = (weight * (mu.log_softmax(-1) - pi.log_softmax(-1))).sum()
-    score = torch.stack([torch.autograd.grad(pi.log_softmax(-1)[a], pi)[0] for a in range(5)])
-    torch.testing.assert_close(torch.autograd.grad(exact, pi)[0], -(weight[:, None] * score).sum(0))
+    """-E_mu[grad log pi], which in the logits of pi is pi - mu."""
+    _, pi, _ = finite(3)
+    kl = ppo.kl_divergence(logps(EXACT_MU.log(), EACH), logps(pi, EACH))
+    torch.testing.assert_close(kl, (EXACT_MU * (EXACT_MU.log() - pi.log_softmax(-1))).sum())
+    torch.testing.assert_close(torch.autograd.grad(kl, pi)[0], pi.detach().softmax(-1) - EXACT_MU)
 
 
 @pytest.mark.parametrize(
@@ -210,17 +217,24 @@ def test_each_loss_moves_its_own_network():
     def receivers(loss):
         policy.zero_grad(), critic.zero_grad()
         loss.backward()
-        return [all(p.grad is not None for p in m.parameters()) for m in (policy, critic)]
+        return [{p.grad is not None for p in m.parameters()} for m in (policy, critic)]
 
     def ratio():
         logp = policy.log_prob(obs, action)[0]
         return (logp - logp.detach()).exp()
 
-    assert receivers(ppo.clipped_surrogate(ratio(), target, 0.2, 0.2)) == [True, False]
-    assert receivers(ppo.penalized_surrogate(ratio(), target, ratio().mean(), 1)) == [True, False]
-    assert receivers(policy.log_prob(obs, action)[1].mean()) == [True, False]
-    assert receivers(ppo.value_loss(critic(obs).squeeze(-1), target)) == [False, True]
+    assert receivers(ppo.clipped_surrogate(ratio(), target, 0.2, 0.2)) == [{True}, {False}]
+    assert receivers(ppo.penalized_surrogate(ratio(), target, ratio().mean(), 1)) == [
+        {True},
+        {False},
+    ]
+    assert receivers(policy.log_prob(obs, action)[1].mean()) == [{True}, {False}]
+    assert receivers(ppo.value_loss(critic(obs).squeeze(-1), target)) == [{False}, {True}]
     assert not any(p.requires_grad for p in norm.buffers())
+    gaussian = ppo.GaussianPolicy(norm, 2, ppo.gym.spaces.Box(-1, 1, (3,)), 8, std=1.0)
+    gaussian.log_prob(obs, torch.zeros(9, 3))[1].mean().backward()
+    moved = {name for name, p in gaussian.named_parameters() if p.grad is not None}
+    assert moved == {"log_std"}, "the entropy of a Gaussian is in its deviation alone"
 
 
 # Learning
@@ -277,6 +291,11 @@ def test_continuous_action(tmp_path, options):
     assert returns.mean() > -0.1  # a constant action gets -4 at best
 
 
+def test_the_entropy_bonus_keeps_the_policy_wide(tmp_path):
+    trained(tmp_path, "Matched-v0", 8_000, entropy_coef=10.0)
+    assert scalars(tmp_path)["losses/entropy"][-1] > 0.65  # log 2 is 0.69; without it, towards 0
+
+
 def test_time_limit_does_not_end_the_value(tmp_path):
     _, value = trained(tmp_path, "Truncates-v0", 20_000)
     assert value([0, 0]) == pytest.approx([10], abs=0.3)
@@ -305,6 +324,7 @@ def test_without_a_step_the_ratio_stays_1(tmp_path, monkeypatch, env_id):
     spy = lambda mean, log_std, a: stored.append(a) or log_prob(mean, log_std, a)  # noqa: E731
     monkeypatch.setattr(ppo, "gaussian_log_prob", spy)
     trained(tmp_path, env_id, 2_000, learning_rate=0.0)
+    assert bool(stored) == (env_id == "MatchedBox-v0")
     assert not stored or max(a.abs().max() for a in stored) > 1, "actions are stored as sampled"
     logged = scalars(tmp_path)
     assert len(logged["losses/policy_loss"]) >= 4

@@ -86,7 +86,9 @@ def kill_after(name, run_dir, seconds):
     )
     process.start()
     deadline = time.time() + 60
-    while not (run_dir / "checkpoint.pt").exists() and time.time() < deadline:
+    while (
+        not (run_dir / "checkpoint.pt").exists() and time.time() < deadline and process.is_alive()
+    ):
         time.sleep(0.005)
     time.sleep(seconds)
     os.kill(process.pid, signal.SIGKILL)
@@ -184,17 +186,23 @@ def test_control_c_saves_and_says_how_to_go_on(name, tmp_path):
         stderr=subprocess.PIPE,
         text=True,
     )
-    while not list(tmp_path.glob("events*")):
-        time.sleep(0.05)
-    time.sleep(1)
-    process.send_signal(signal.SIGINT)
-    err = process.communicate(timeout=60)[1]
+    try:
+        deadline = time.time() + 120
+        while not list(tmp_path.glob("events*")):
+            assert process.poll() is None and time.time() < deadline
+            time.sleep(0.05)
+        time.sleep(1)
+        process.send_signal(signal.SIGINT)
+        err = process.communicate(timeout=60)[1]
+    finally:
+        process.kill()
     assert process.returncode == 130 and "--resume" in err and len(err.splitlines()) == 1
     assert load(tmp_path)["env_steps"] > 0
 
 
 @every_script
 def test_not_a_number_stops_the_run_and_keeps_the_checkpoint(name, tmp_path):
+    NaN.steps = 0
     gym.register("NaN-v0", NaN, disable_env_checker=True)
     status, _, err = command(
         name, "--env-id", "NaN-v0", "--run-dir", tmp_path, "--checkpoint-every", 1, *flags(name)
@@ -280,7 +288,6 @@ def test_unsupported_spaces(name, tmp_path, obs, action):
         ["--seed", "-1"],
         ["--eval-episodes", "0"],
         ["--eval-every", "-1"],
-        ["--hidden", "-3"],
         ["--device", "cuda"],
         ["--run-dir", "/dev/null/here"],
         ["--resume", "/no/such/file.pt"],
@@ -300,6 +307,7 @@ def test_bad_input_gets_one_line(name, options):
 @pytest.mark.parametrize(
     "options",
     [
+        ["--hidden", "-3"],
         ["--minibatches", "0"],
         ["--num-envs", "0"],
         ["--num-steps", "-1"],
@@ -353,21 +361,70 @@ def test_video(tmp_path):
     assert len([f for f in tmp_path.glob("videos/*.mp4") if f.stat().st_size > 1000]) == 2
 
 
+@pytest.mark.parametrize("env_id", ["CartPole-v1", "MatchedBox-v0"])
+def test_readme_says_how_to_use_a_saved_policy(tmp_path, env_id):
+    module("ppo").train(args("ppo", tmp_path, env_id=env_id))
+    code = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)[1]
+    found = {}
+    exec(code.replace("runs/.../checkpoint.pt", str(tmp_path / "checkpoint.pt")), found)
+    assert np.isfinite(found["reward"]).all()
+
+
+@every_script
+def test_a_failure_while_writing_keeps_the_last_checkpoint(name, tmp_path, monkeypatch):
+    module(name).train(args(name, tmp_path, total_timesteps=400))
+    before, save = (tmp_path / "checkpoint.pt").read_bytes(), torch.save
+
+    def half(what, path):
+        save(what, path)
+        os.truncate(path, os.path.getsize(path) // 2)
+        raise OSError("no space left")
+
+    monkeypatch.setattr(torch, "save", half)
+    with pytest.raises(OSError, match="no space"):
+        resume = str(tmp_path / "checkpoint.pt")
+        module(name).train(args(name, tmp_path, resume=resume, total_timesteps=800))
+    assert (tmp_path / "checkpoint.pt").read_bytes() == before
+
+
 # Two processes
 
+TOGETHER = {
+    "ppo": "--num-envs 16 --num-steps 64 --hidden 32 --learning-rate 5e-3 --norm-obs "
+    "--norm-rewards --target-kl 0.05",
+}
+TWO = """
+import os, sys, torch, tyro, {name} as script
+finish = script.Run.finish
+def tell(run):
+    state = {{name: module.state_dict() for name, module in run.modules.items()}}
+    torch.save({{"step": run.step, **state}}, f"{{os.environ['OUT']}}/rank{{run.rank}}.pt")
+    return finish(run)
+script.Run.finish = tell
+script.train(tyro.cli(script.Args))
+"""
 
-@pytest.mark.parametrize("name", [name for name in ("ppo", "a2c", "nes") if name in SCRIPTS])
+
+@pytest.mark.parametrize("name", [name for name in TOGETHER if name in SCRIPTS])
 def test_torchrun(name, tmp_path):
-    options = ["--env-id", "envs:Matched-v0", "--total-timesteps", 8_000, "--run-dir", tmp_path]
-    options += ["--num-steps", 64, "--hidden", 32, "--learning-rate", 5e-3, "--norm-obs"]
-    options += ["--norm-rewards", "--target-kl", 0.05, "--num-envs", 9 + 7]
+    """Both ranks draw different data: only all averages together keep their states the same."""
+    (tmp_path / "two.py").write_text(TWO.format(name=name))
+    options = (
+        f"--env-id Matched-v0 --total-timesteps 8000 --run-dir {tmp_path}/run {TOGETHER[name]}"
+    )
+    options = options.replace("Matched", "envs:Matched")
+    path = f"{ROOT}:{ROOT / 'tests'}"
     run = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
-        + [str(ROOT / f"{name}.py"), *map(str, options)],
-        env={**os.environ, "PYTHONPATH": str(ROOT / "tests")},
+        + [str(tmp_path / "two.py"), *options.split()],
+        env={**os.environ, "OUT": str(tmp_path), "PYTHONPATH": path},
         capture_output=True,
         text=True,
+        timeout=300,
     )
     assert run.returncode == 0, run.stderr
     assert len(run.stdout.splitlines()) == 1 and "eval_return_mean=1.00 " in run.stdout
-    assert len(list(tmp_path.glob("events*"))) == 1 and load(tmp_path)["env_steps"] >= 8_000
+    assert len(list((tmp_path / "run").glob("events*"))) == 1
+    assert load(tmp_path / "run")["env_steps"] >= 8_000
+    ranks = [torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in (0, 1)]
+    assert same(*ranks), "the same weights, optimiser state and statistics"
