@@ -148,7 +148,7 @@ def run_ours(row, seed, run_dir):
     }
     steps, returns = scalars(run_dir, "charts/episodic_return")
     if row["metric"] == "best":
-        values["return_mean"] = float(scalars(run_dir, "charts/eval_return")[1].max())
+        values["return_mean"] = round(float(scalars(run_dir, "charts/eval_return")[1].max()), 2)
     elif row["metric"] == "train":  # the last value is the mean of the last 100 episodes
         values.update(return_mean=float(returns[-1]), episodes=100)
     values.update(env_steps=int(result["env_steps"]), wall_seconds=float(result["wall_seconds"]))
