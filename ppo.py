@@ -74,7 +74,7 @@ class Args:
 
     env_id: str = "CartPole-v1"  # gymnasium id; module:Name-v0 imports module first
     seed: int = 1  # same seed, same machine: same weights, bit for bit
-    device: Literal["cpu", "cuda"] = "cpu"  # small networks are faster on the CPU
+    device: Literal["cpu", "cuda"] = "cpu"  # where networks and rollouts are kept
     run_dir: str = ""  # default: runs/<env-id>__<script>__<seed>__<time>
     eval_episodes: int = 20  # episodes in each evaluation, greedy or mean action
     eval_every: int = 0  # also evaluate every so many steps; 0: only at the end
