@@ -32,6 +32,7 @@ import os
 import signal
 import sys
 import time
+from collections import deque
 from dataclasses import dataclass
 from typing import Literal, NoReturn
 
@@ -41,6 +42,8 @@ import torch
 import torch.distributed as dist
 import tyro
 from torch import Tensor, nn
+from torch.nn.utils import parameters_to_vector, vector_to_parameters
+from torch.optim.adam import adam
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
@@ -50,9 +53,9 @@ ACTION_SPACES = (gym.spaces.Discrete, gym.spaces.Box)
 
 @dataclass
 class Args:
-    total_timesteps: int = 100_000  # environment steps, over all environments and processes
-    num_envs: int = 8  # N, environments, shared out among torchrun's processes
-    num_steps: int = 128  # T, steps of each environment between updates
+    total_timesteps: int = 50_000  # environment steps, over all environments and processes
+    num_envs: int = 32  # N, environments, shared out among torchrun's processes
+    num_steps: int = 32  # T, steps of each environment between updates
     epochs: int = 10  # K, passes over each batch
     minibatches: int = 4  # M, minibatches, hence Adam steps, in a pass
     clip_low: float = 0.2  # ε_low: the ratio is clipped to [1 - ε_low, 1 + ε_high]
@@ -62,7 +65,7 @@ class Args:
     target_kl: float = 0.0  # end the passes when KL(μ ‖ π_θ) exceeds this; 0: never
     gamma: float = 0.99  # γ, the discount
     gae_lambda: float = 0.95  # λ: 0 is the one-step advantage, 1 the Monte Carlo one
-    learning_rate: float = 1e-3  # Adam's step size
+    learning_rate: float = 2e-3  # Adam's step size
     anneal_lr: bool = True  # linear decay, to 0 at --total-timesteps, also where --resume raises it
     entropy_coef: float = 0.0  # c_H, weight of the entropy bonus
     value_coef: float = 0.5  # c_V, weight of the value loss
@@ -91,16 +94,15 @@ class RunningNorm(nn.Module):
 
     def __init__(self, *shape: int):
         super().__init__()
-        self.register_buffer("count", torch.zeros((), dtype=torch.float64))
-        self.register_buffer("mean", torch.zeros(shape))
-        self.register_buffer("var", torch.ones(shape))
+        self.count = nn.Buffer(torch.zeros((), dtype=torch.float64))
+        self.mean, self.var = nn.Buffer(torch.zeros(shape)), nn.Buffer(torch.ones(shape))
 
     @torch.no_grad()
     def update(self, x: Tensor) -> None:
         """Fold in x, (B, *shape): its sums around the present mean, averaged over processes."""
         deviation = x.double() - self.mean
         n, first, second = self.count.new_tensor(len(x)), deviation.sum(0), deviation.pow(2).sum(0)
-        all_mean(n, first, second)
+        n, first, second = all_mean(n), all_mean(first), all_mean(second)
         total, shift = self.count + n, first / (self.count + n)
         self.var.copy_(((self.count * self.var + second) / total - shift**2).clamp(min=0))
         self.mean += shift
@@ -109,79 +111,126 @@ class RunningNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return ((x - self.mean) / (self.var + 1e-8).sqrt()).clamp(-10, 10)
 
-
-def mlp(norm: nn.Module, inputs: int, hidden: int, outputs: int, gain: float) -> nn.Sequential:
-    """norm, two tanh layers, one linear layer; orthogonal weights, the last ones times gain."""
-    layers = [nn.Linear(inputs, hidden), nn.Linear(hidden, hidden), nn.Linear(hidden, outputs)]
-    for layer, scale in zip(layers, (math.sqrt(2), math.sqrt(2), gain), strict=True):
-        nn.init.orthogonal_(layer.weight, scale)
-        nn.init.zeros_(layer.bias)
-    return nn.Sequential(norm, layers[0], nn.Tanh(), layers[1], nn.Tanh(), layers[2])
+    def in_numpy(self):
+        """forward, with the present statistics, as a function of arrays."""
+        mean, std = self.mean.cpu().numpy(), (self.var + 1e-8).sqrt().cpu().numpy()
+        return lambda x: ((x - mean) / std).clip(-10, 10)
 
 
-class SoftmaxPolicy(nn.Module):
+class MLP(nn.Module):
+    """norm, two tanh layers, a linear one; orthogonal weights, those of the last times gain."""
+
+    def __init__(self, norm: nn.Module | None, inputs: int, hidden: int, outputs: int, gain: float):
+        super().__init__()
+        layers = nn.Linear(inputs, hidden), nn.Linear(hidden, hidden), nn.Linear(hidden, outputs)
+        self.norm, self.layers = norm, nn.ModuleList(layers)
+        for layer, scale in zip(layers, (math.sqrt(2), math.sqrt(2), gain), strict=True):
+            nn.init.orthogonal_(layer.weight, scale)
+            nn.init.zeros_(layer.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., inputs) to (..., outputs)."""
+        first, second, last = self.layers
+        return last(second(first(self.norm(x) if self.norm else x).tanh()).tanh())
+
+    def in_numpy(self):
+        """forward, with the present weights, of arrays: for few rows a quarter of torch's time."""
+        norm = self.norm.in_numpy() if self.norm else np.asarray
+        arrays = (x.detach().cpu().numpy().T for x in self.layers.parameters())
+        w_1, b_1, w_2, b_2, w_3, b_3 = arrays
+        return lambda x: np.tanh(np.tanh(norm(x) @ w_1 + b_1) @ w_2 + b_2) @ w_3 + b_3
+
+
+class SoftmaxPolicy(MLP):
     """π_θ(a|s) = softmax of h_θ(s, ·), over a Discrete space."""
 
-    def __init__(self, norm: nn.Module, obs_dim: int, space: gym.spaces.Discrete, hidden: int):
-        super().__init__()
-        self.space, self.norm = space, norm
-        self.logits = mlp(norm, obs_dim, hidden, int(space.n), 0.01)
+    def __init__(self, norm, obs_dim: int, space: gym.spaces.Discrete, hidden: int):
+        super().__init__(norm, obs_dim, hidden, int(space.n), gain=0.01)
+        self.space = space
 
-    def act(self, obs: Tensor, greedy: bool = False) -> Tensor:
-        """a ~ π_θ(·|s), as the argmax of h + Gumbel noise; or argmax_a π_θ(a|s). (...)."""
-        logits = self.logits(obs)
-        noise = 0 if greedy else -torch.empty_like(logits).exponential_().log()
-        return (logits + noise).argmax(-1)
+    def actor(self):
+        """a = argmax_b h_θ(s, b) + noise, which is a ~ π_θ(·|s); without noise greedy. (...)."""
+        logits = self.in_numpy()
+        return lambda obs, noise=0.0: (logits(obs) + noise).argmax(-1)
 
-    def log_prob(self, obs: Tensor, action: Tensor) -> tuple[Tensor, Tensor]:
-        """log π_θ(a|s) and the entropy of π_θ(·|s), each (...)."""
-        logits = self.logits(obs)
-        return softmax_log_prob(logits, action), softmax_entropy(logits)
+    def noise(self, *shape: int) -> np.ndarray:
+        """Gumbel noise, (*shape, A)."""
+        return -torch.empty(*shape, int(self.space.n)).exponential_().log().numpy()
 
-    def to_env(self, action: Tensor) -> np.ndarray:
+    def log_prob(self, logits: Tensor, action: Tensor) -> Tensor:
+        """log π_θ(a|s), (...)."""
+        return softmax_log_prob(logits, action)
+
+    def entropy(self, logits: Tensor) -> Tensor:
+        """H(π_θ(·|s)), (...)."""
+        return softmax_entropy(logits)
+
+    def to_env(self, action: np.ndarray) -> np.ndarray:
         """What the environments take for action, (N,)."""
-        return action.cpu().numpy() + self.space.start
+        return action + self.space.start
 
 
-class GaussianPolicy(nn.Module):
+class GaussianPolicy(MLP):
     """π_θ(a|s) = N(a | m_θ(s), diag σ²) over a Box, its bounded dimensions scaled to [-1, 1].
 
     m_θ is the document's μ_θ, whose letter is the behaviour policy's here.
     """
 
-    def __init__(
-        self, norm: nn.Module, obs_dim: int, space: gym.spaces.Box, hidden: int, std: float
-    ):
-        super().__init__()
+    def __init__(self, norm, obs_dim: int, space: gym.spaces.Box, hidden: int, std: float):
         bounded = np.maximum(np.abs(space.low), np.abs(space.high)) < 1e9
         low, high = np.where(bounded, space.low, -1), np.where(bounded, space.high, 1)
+        super().__init__(norm, obs_dim, hidden, low.size, gain=0.01)
         self.space, self.scale, self.shift = space, (high - low) / 2, (high + low) / 2
-        self.norm, self.mean = norm, mlp(norm, obs_dim, hidden, low.size, 0.01)
         self.log_std = nn.Parameter(torch.full((low.size,), std).log())
 
-    def act(self, obs: Tensor, greedy: bool = False) -> Tensor:
-        """a ~ π_θ(·|s), not clipped to the bounds, or its mean; (..., action_dim)."""
-        mean = self.mean(obs)
-        return mean if greedy else mean + self.log_std.exp() * torch.randn_like(mean)
+    def actor(self):
+        """a = m_θ(s) + σ noise, not clipped to the bounds; without noise the mean. (..., d)."""
+        mean, std = self.in_numpy(), self.log_std.detach().exp().cpu().numpy()
+        return lambda obs, noise=0.0: mean(obs) + std * noise
 
-    def log_prob(self, obs: Tensor, action: Tensor) -> tuple[Tensor, Tensor]:
-        """log π_θ(a|s), (...), and the entropy of π_θ(·|s), the same for all s, ()."""
-        logp = gaussian_log_prob(self.mean(obs), self.log_std, action)
-        return logp, gaussian_entropy(self.log_std)
+    def noise(self, *shape: int) -> np.ndarray:
+        """Normal noise, (*shape, d)."""
+        return torch.randn(*shape, len(self.log_std)).numpy()
 
-    def to_env(self, action: Tensor) -> np.ndarray:
+    def log_prob(self, mean: Tensor, action: Tensor) -> Tensor:
+        """log π_θ(a|s), (...)."""
+        return gaussian_log_prob(mean, self.log_std, action)
+
+    def entropy(self, mean: Tensor) -> Tensor:
+        """H(π_θ(·|s)), the same for all s, ()."""
+        return gaussian_entropy(self.log_std)
+
+    def to_env(self, action: np.ndarray) -> np.ndarray:
         """What the environments take for action: in their units, within bounds, (N, *shape)."""
-        action = action.cpu().numpy().reshape(-1, *self.space.shape) * self.scale + self.shift
+        action = action.reshape(-1, *self.space.shape) * self.scale + self.shift
         return action.clip(self.space.low, self.space.high).astype(self.space.dtype)
 
 
 def make_policy(envs: gym.vector.VectorEnv, args: Args) -> nn.Module:
     """The policy for the spaces of envs."""
     obs_dim, space = envs.single_observation_space.shape[0], envs.single_action_space
-    norm = RunningNorm(obs_dim) if args.norm_obs else nn.Identity()
+    norm = RunningNorm(obs_dim) if args.norm_obs else None
     if isinstance(space, gym.spaces.Discrete):
         return SoftmaxPolicy(norm, obs_dim, space, args.hidden)
     return GaussianPolicy(norm, obs_dim, space, args.hidden, args.init_std)
+
+
+class Adam(nn.Module):
+    """torch's Adam on one vector θ, changed in place, with its state in buffers.
+
+    torch.optim.Adam is the same, but takes a second to import and three times as long a step.
+    """
+
+    def __init__(self, theta: Tensor):
+        super().__init__()
+        self.theta, self.steps = theta, nn.Buffer(torch.zeros((), device=theta.device))
+        self.m, self.v = nn.Buffer(torch.zeros_like(theta)), nn.Buffer(torch.zeros_like(theta))
+
+    def step(self, gradient: Tensor, learning_rate: float) -> None:
+        state = [self.m], [self.v], [], [self.steps]
+        options = {"lr": learning_rate, "beta1": 0.9, "beta2": 0.999, "eps": 1e-5, "fused": True}
+        options |= {"amsgrad": False, "maximize": False, "weight_decay": 0.0}
+        adam([self.theta], [gradient], *state, **options)
 
 
 # Equations ----------------------------------------------------------------------------------------
@@ -221,15 +270,16 @@ def gaussian_entropy(log_std):
     return (log_std + 0.5 * math.log(2 * math.pi * math.e)).sum()
 
 
-def discounted_sums(rewards, valid, start, gamma):
-    """R_t = r_t + γ R_{t-1}, from 0 in each episode; its deviation is the scale of the rewards.
+def running_sums(x, keep, start):
+    """y_t = x_t + keep_t y_{t-1}
 
-    It looks back where the return of [Rewards and Returns] looks ahead (Engstrom et al. 2020).
-    rewards, valid (False on reset steps): (T, N); start, R before them: (N,). Returns (T, N).
+    With rewards for x and γ for keep, but 0 on reset steps, the discounted return so far, which
+    looks back where that of [Rewards and Returns] looks ahead; γ = 1 ends as the episode's return.
+    x, keep: (T, ...); start, y before them: (...). Returns (T, ...), in units of x.
     """
     sums = [start]
-    for reward, keep in zip(rewards, gamma * valid, strict=True):
-        sums.append(reward + keep * sums[-1])
+    for x_t, keep_t in zip(x.unbind(), keep.unbind(), strict=True):
+        sums.append(torch.addcmul(x_t, keep_t, sums[-1]))
     return torch.stack(sums[1:])
 
 
@@ -243,10 +293,7 @@ def gae(rewards, values, terminated, truncated, gamma, gae_lambda):
     """
     deltas = rewards + gamma * ~terminated * values[1:] - values[:-1]
     traces = gamma * gae_lambda * ~(terminated | truncated)
-    advantages = [torch.zeros_like(rewards[0])]
-    for delta, trace in zip(deltas.flip(0), traces.flip(0), strict=True):
-        advantages.append(delta + trace * advantages[-1])
-    return torch.stack(advantages[:0:-1])
+    return running_sums(deltas.flip(0), traces.flip(0), torch.zeros_like(deltas[0])).flip(0)
 
 
 def clipped_surrogate(ratio, advantages, clip_low, clip_high):
@@ -301,88 +348,97 @@ def train(args: Args) -> np.ndarray:
     if args.hidden * N * T // args.minibatches < 2**16:
         torch.set_num_threads(1)  # layers this small lose more to threads than they gain
     torch.manual_seed(args.seed)
-    envs = gym.wrappers.vector.RecordEpisodeStatistics(make_envs(args.env_id, N))
+    envs = make_envs(args.env_id, N)
     policy = make_policy(envs, args).to(device)
-    obs_dim = envs.single_observation_space.shape[0]
-    critic = mlp(policy.norm, obs_dim, args.hidden, 1, gain=1.0).to(device)
-    parameters = [*policy.parameters(), *critic.parameters()]
-    optimizer = torch.optim.Adam(parameters, args.learning_rate, eps=1e-5, fused=True)
-    reward_norm = RunningNorm().to(device)
+    critic = MLP(policy.norm, envs.single_observation_space.shape[0], args.hidden, 1, gain=1.0)
+    parameters = [*policy.parameters(), *critic.to(device).parameters()]
+    theta = parameters_to_vector(parameters).detach()  # θ and φ as one vector, of which those of
+    vector_to_parameters(theta, parameters)  # the networks are now views
+    optimizer = Adam(theta)
+    reward_norm = RunningNorm()
     modules = {"policy": policy, "critic": critic, "optimizer": optimizer, "reward": reward_norm}
 
-    @torch.no_grad()
     def act(obs: np.ndarray) -> np.ndarray:
-        obs = torch.as_tensor(obs, dtype=torch.float32, device=device)
-        return policy.to_env(policy.act(obs, greedy=True))
+        return policy.to_env(policy.actor()(obs))
 
-    run = Run(args, envs, modules, act, rank, world)
+    run = Run(args, modules, act, rank, total=lambda x: world * all_mean(x))
 
     # obs[t + 1] is the true successor of obs[t], also where an episode ended. The step after an end
     # is the reset step: its action was ignored, its reward is 0, and valid is False there.
-    obs = torch.zeros(T + 1, *envs.observation_space.shape, device=device)  # (T+1, N, obs_dim)
+    obs = torch.zeros(T + 1, *envs.observation_space.shape)  # (T+1, N, obs_dim)
     obs[T] = torch.from_numpy(envs.reset(seed=env_seed(args.seed, run.step, rank))[0])
-    actions = policy.act(obs[:T], greedy=True).detach()  # (T, N) or (T, N, action_dim)
-    rewards, discounted = torch.zeros(2, T, N, device=device)
-    terminated, truncated = torch.zeros(2, T, N, device=device, dtype=torch.bool)
-    valid = torch.ones(T + 1, N, device=device, dtype=torch.bool)
+    actions = torch.from_numpy(policy.actor()(obs[:T].numpy()))  # (T, N) or (T, N, action_dim)
+    rewards, terminated, truncated = torch.zeros(T, N), *torch.zeros(2, T, N, dtype=torch.bool)
+    valid = torch.ones(T + 1, N, dtype=torch.bool)
+    discounted, so_far = torch.zeros(1, N), torch.zeros(1, N, 2)
+    # The same memory: numpy writes a row in a tenth of torch's time.
+    rows = (x.numpy() for x in (obs, actions, rewards, terminated, truncated))
+    np_obs, np_actions, np_rewards, np_terminated, np_truncated = rows
 
     while run.step < args.total_timesteps and not run.interrupted:
         remaining = 1 - run.step / args.total_timesteps
-        optimizer.param_groups[0]["lr"] = args.learning_rate * (remaining if args.anneal_lr else 1)
+        learning_rate = args.learning_rate * (remaining if args.anneal_lr else 1)
 
         # 2. μ = π_θ acts. Nothing is computed but what the next action needs.
         obs[0], valid[0] = obs[T], valid[T]
+        mu, noise = policy.actor(), policy.noise(T, N)
         for t in range(T):
-            with torch.no_grad():
-                actions[t] = action = policy.act(obs[t])
-            outcome = map(torch.from_numpy, envs.step(policy.to_env(action))[:4])
-            obs[t + 1], rewards[t], terminated[t], truncated[t] = outcome
-        valid[1:] = ~(terminated | truncated)
+            np_actions[t] = mu(np_obs[t], noise[t])
+            outcome = envs.step(policy.to_env(np_actions[t]))
+            np_obs[t + 1], np_rewards[t], np_terminated[t], np_truncated[t], _ = outcome
+        valid[1:], real = ~(terminated | truncated), valid[:T]
+        keep = real.float().unsqueeze(-1)
+        so_far = running_sums(torch.cat([rewards.unsqueeze(-1), keep], -1), keep, so_far[-1])
+        run.episodes.extend(so_far[~valid[1:]].tolist())  # (return, length) of those that ended
 
         # 3. Advantages and returns. Values and log μ of the whole rollout take one pass each.
         with torch.no_grad():
             if args.norm_rewards:
-                discounted = discounted_sums(rewards, valid[:T], discounted[-1], gamma)
-                reward_norm.update(discounted[valid[:T]])
+                discounted = running_sums(rewards, gamma * real, discounted[-1])
+                reward_norm.update(discounted[real])
             scaled_rewards = rewards / (reward_norm.var + 1e-8).sqrt()
-            values = critic(obs).squeeze(-1)
+            values = critic(obs.to(device)).squeeze(-1).cpu()
             advantages = gae(scaled_rewards, values, terminated, truncated, gamma, args.gae_lambda)
-            logp_old, _ = policy.log_prob(obs[:T], actions)
-        batch = obs[:T], actions, logp_old, advantages, advantages + values[:T]
-        b_obs, b_actions, b_logp_old, b_advantages, b_returns = (x[valid[:T]] for x in batch)
+            batch = obs[:T], actions, advantages, advantages + values[:T]
+            b_obs, b_actions, b_advantages, b_returns = (x[real].to(device) for x in batch)
+            b_logp_old = policy.log_prob(policy(b_obs), b_actions)
         # Not yet standardised, A^μ = G - V_φ is what V_φ leaves unexplained of G.
         explained = 1 - b_advantages.var(correction=0) / (b_returns.var(correction=0) + 1e-8)
         std, mean = torch.std_mean(b_advantages, correction=0)
         b_advantages = (b_advantages - mean) / (std + 1e-8)
+        batch = b_obs, b_actions, b_logp_old, b_advantages, b_returns
 
         for epoch in range(args.epochs):
             # 4. One pass over the batch.
+            order = torch.randperm(len(b_obs), device=device)
+            minibatches = zip(*(x[order].tensor_split(args.minibatches) for x in batch))
             losses = []
-            for i in torch.randperm(len(b_obs), device=device).tensor_split(args.minibatches):
+            for mb_obs, action, logp_old, advantage, return_ in minibatches:
                 # 5. Importance ratio.
-                logp, entropy = policy.log_prob(b_obs[i], b_actions[i])
-                ratio = (logp - b_logp_old[i]).exp()
+                output = policy(mb_obs)
+                logp = policy.log_prob(output, action)
+                ratio = (logp - logp_old).exp()
                 # 6. Objective.
                 if args.objective == "clip":
-                    objective = clipped_surrogate(ratio, b_advantages[i], clip_low, clip_high)
+                    objective = clipped_surrogate(ratio, advantage, clip_low, clip_high)
                 else:
-                    kl = kl_divergence(b_logp_old[i], logp)
-                    objective = penalized_surrogate(ratio, b_advantages[i], kl, args.alpha)
+                    kl = kl_divergence(logp_old, logp)
+                    objective = penalized_surrogate(ratio, advantage, kl, args.alpha)
                 # 7. Adam step.
-                v_loss = value_loss(critic(b_obs[i]).squeeze(-1), b_returns[i])
-                loss = args.value_coef * v_loss - objective - args.entropy_coef * entropy.mean()
-                optimizer.zero_grad()
-                loss.backward()
-                all_mean(*(parameter.grad for parameter in parameters))
-                grad_norm = nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)
-                optimizer.step()
-                losses.append(torch.stack([-objective, v_loss, grad_norm]).detach())
+                v_loss = value_loss(critic(mb_obs).squeeze(-1), return_)
+                loss = args.value_coef * v_loss - objective
+                if args.entropy_coef > 0:
+                    loss = loss - args.entropy_coef * policy.entropy(output).mean()
+                gradient = torch.cat([g.flatten() for g in torch.autograd.grad(loss, parameters)])
+                gradient *= (args.max_grad_norm / (all_mean(gradient).norm() + 1e-8)).clamp(max=1)
+                optimizer.step(gradient, learning_rate)
+                losses.append((-objective.detach(), v_loss.detach()))
             # 8. Estimate the KL over the whole batch.
             if epoch == args.epochs - 1 or args.target_kl > 0:
                 with torch.no_grad():
-                    logp, entropy = policy.log_prob(b_obs, b_actions)
-                    kl = kl_divergence(b_logp_old, logp)
-                all_mean(kl)
+                    output = policy(b_obs)
+                    logp = policy.log_prob(output, b_actions)
+                    kl = all_mean(kl_divergence(b_logp_old, logp))
                 if 0 < args.target_kl < kl:
                     break
 
@@ -392,9 +448,9 @@ def train(args: Args) -> np.ndarray:
 
         ratio = (logp - b_logp_old).exp()
         clipped = ((ratio < 1 - clip_low) | (ratio > 1 + clip_high)).float()
-        policy_loss, v_loss, grad_norm = torch.stack(losses).mean(0)
-        scalars = {"policy_loss": policy_loss, "value_loss": v_loss, "grad_norm": grad_norm}
-        scalars |= {"entropy": entropy.mean(), "kl": kl, "clip_fraction": clipped.mean()}
+        policy_loss, v_loss = torch.tensor(losses).mean(0)
+        scalars = {"policy_loss": policy_loss, "value_loss": v_loss, "kl": kl}
+        scalars |= {"entropy": policy.entropy(output).mean(), "clip_fraction": clipped.mean()}
         run.update(len(b_obs), scalars | {"explained_variance": explained})
     return run.finish()
 
@@ -426,12 +482,12 @@ def start_processes() -> tuple[int, int]:
     return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def all_mean(*tensors: Tensor) -> None:
-    """Average tensors of one dtype over torchrun's processes, in place, as one message."""
+def all_mean(x: Tensor) -> Tensor:
+    """The mean of x over torchrun's processes."""
     if dist.is_initialized():
-        message = nn.utils.parameters_to_vector(tensors)
-        dist.all_reduce(message)
-        nn.utils.vector_to_parameters(message / dist.get_world_size(), tensors)
+        dist.all_reduce(x)
+        x /= dist.get_world_size()
+    return x
 
 
 def env_seed(seed: int, step: int, rank: int) -> int:
@@ -447,6 +503,8 @@ def make_envs(env_id: str, n: int, **kwargs) -> gym.vector.VectorEnv:
     if image or not obs_space.is_np_flattenable or not isinstance(action_space, ACTION_SPACES):
         supported = " and ".join(space.__name__ for space in ACTION_SPACES)
         stop(f"{env_id} maps {obs_space} to {action_space}; supported: no images, {supported}")
+    if envs.metadata.get("autoreset_mode") != gym.vector.AutoresetMode.NEXT_STEP:
+        stop(f"{env_id} does not reset in the step after an episode's end")
     flat = isinstance(obs_space, gym.spaces.Box) and len(obs_space.shape) == 1
     return envs if flat else gym.wrappers.vector.FlattenObservation(envs)
 
@@ -468,15 +526,17 @@ def load_checkpoint(path: str, spaces: str = "", modules: dict | None = None) ->
 class Run:
     """Steps, TensorBoard, progress bar, evaluations and checkpoints; only rank 0 writes."""
 
-    def __init__(self, args: Args, envs, modules: dict, act, rank: int, world: int):
-        self.args, self.envs, self.modules, self.act = args, envs, modules, act
-        self.rank, self.world, self.step = rank, world, 0
+    def __init__(self, args: Args, modules: dict, act, rank: int = 0, total=lambda x: x):
+        self.args, self.modules, self.act = args, modules, act
+        self.rank, self.total, self.step = rank, total, 0
+        envs = make_envs(args.env_id, 1)
         self.spaces = f"{envs.single_observation_space} to {envs.single_action_space}"
         self.dir = args.run_dir or f"runs/{args.env_id}__{SCRIPT}__{args.seed}__{time.time():.0f}"
         if args.resume:
             self.dir = args.run_dir or os.path.dirname(args.resume) or "."
             self.step = load_checkpoint(args.resume, self.spaces, modules)["env_steps"]
         torch.manual_seed(env_seed(args.seed, self.step, rank))
+        self.episodes = deque(maxlen=100)  # (return, length) of the latest
         self.first_step, self.start_time = self.step, time.time()
         self.writer = SummaryWriter(self.dir, purge_step=self.step + 1) if rank == 0 else None
         self.bar = tqdm(total=args.total_timesteps, initial=self.step, disable=rank > 0 or None)
@@ -485,9 +545,8 @@ class Run:
 
     def update(self, steps: int, losses: dict[str, Tensor]) -> None:
         """Add the steps of all processes; log; evaluate and save where it is time to."""
-        counts = torch.tensor([steps, self.signalled], dtype=torch.float64)
-        all_mean(counts)
-        last_step, self.step = self.step, self.step + round(counts[0].item() * self.world)
+        counts = self.total(torch.tensor([steps, self.signalled], dtype=torch.float64))
+        last_step, self.step = self.step, self.step + round(counts[0].item())
         self.interrupted = counts[1].item() > 0
         scalars = {f"losses/{name}": loss.item() for name, loss in losses.items()}
         if not all(map(math.isfinite, scalars.values())):
@@ -495,10 +554,11 @@ class Run:
         if self.rank > 0:
             return
         scalars["charts/SPS"] = (self.step - self.first_step) / (time.time() - self.start_time)
-        if self.envs.return_queue:
-            scalars["charts/episodic_return"] = np.mean(self.envs.return_queue)
-            scalars["charts/episodic_length"] = np.mean(self.envs.length_queue)
-            self.bar.set_postfix_str(f"return {scalars['charts/episodic_return']:.1f}", False)
+        if self.episodes:
+            mean_return, mean_length = np.mean(self.episodes, 0)
+            scalars["charts/episodic_return"] = mean_return
+            scalars["charts/episodic_length"] = mean_length
+            self.bar.set_postfix_str(f"return {mean_return:.1f}", False)
         for name, value in scalars.items():
             self.writer.add_scalar(name, value, self.step)
         self.bar.update(min(self.step, self.args.total_timesteps) - self.bar.n)

@@ -4,9 +4,10 @@
     python benchmarks/speed.py --script ppo     those of one script
 
 The two sides take turns, A B A B ..., each in a process of its own, so that a machine whose speed
-drifts treats both alike. Both log to TensorBoard and neither evaluates on the way; the time of ours
-includes its checkpoints and one episode at the end. A cold start is everything, from the start of
-the process to the end of the evaluation. Run nothing beside it. With --script, nothing is written.
+drifts treats both alike. Steps per second are those of the training loop, logging to TensorBoard on
+both sides, without evaluation: of ours the last charts/SPS, of theirs learn(). A cold start is
+everything, from the start of the process to the end of the evaluation. Run nothing beside it. With
+--script, nothing is written.
 """
 
 import argparse
@@ -21,14 +22,14 @@ import time
 import tomllib
 
 import numpy as np
-from returns import write_between
+from returns import scalars, write_between
 
 HERE = pathlib.Path(__file__).resolve().parent
 ROOT = HERE.parent
 
 
 def ours(row, threads, extra=""):
-    """One run of our script: its line of results, and the seconds from start to end."""
+    """One run of our script: steps per second, line of results, and seconds from start to end."""
     with tempfile.TemporaryDirectory() as run_dir:
         line = f"{sys.executable} {ROOT}/{row['script']}.py --env-id {row['env']} {row['options']}"
         line += f" --run-dir {run_dir} {extra}"
@@ -36,8 +37,9 @@ def ours(row, threads, extra=""):
         start = time.time()
         done = subprocess.run(shlex.split(line), stdout=subprocess.PIPE, text=True, env=environment)
         seconds = time.time() - start
-    done.check_returncode()
-    return dict(pair.split("=") for pair in done.stdout.splitlines()[-1].split()), seconds
+        done.check_returncode()
+        speed = scalars(run_dir, "charts/SPS")[1][-1]
+    return speed, dict(pair.split("=") for pair in done.stdout.splitlines()[-1].split()), seconds
 
 
 PEER = """
@@ -95,10 +97,8 @@ def main():
     for row in wanted:
         a, b = [], []
         for _ in range(arguments.repeats):
-            result, _ = ours(
-                row, row["threads"], f"--total-timesteps {row['steps']} --eval-episodes 1"
-            )
-            a.append(int(result["env_steps"]) / float(result["wall_seconds"]))
+            extra = f"--total-timesteps {row['steps']} --eval-episodes 1"
+            a.append(ours(row, row["threads"], extra)[0])
             if "peer" in row:
                 b.append(peer(row, row["threads"], row["steps"])[0])
         theirs = f"{spread(b)} | {spread(np.divide(a, b), '{:.1f}')}" if b else " | "
@@ -114,7 +114,7 @@ def main():
         a, b, returns, theirs = [], [], [], []
         steps = row["peer"].pop("steps")
         for seed in range(1, arguments.cold_seeds + 1):
-            result, seconds = ours(row, 1, f"--seed {seed}")
+            _, result, seconds = ours(row, 1, f"--seed {seed}")
             a.append(seconds)
             returns.append(float(result["eval_return_mean"]))
             if seed <= arguments.cold_peers:

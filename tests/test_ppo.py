@@ -49,26 +49,54 @@ def test_gaussian_against_torch():
 def test_sampled_actions_follow_the_policy():
     torch.manual_seed(0)
     space = ppo.gym.spaces.Discrete(3)
-    policy = ppo.SoftmaxPolicy(torch.nn.Identity(), 2, space, 8)
-    torch.nn.init.normal_(policy.logits[-1].weight)
-    obs = torch.ones(1, 2)
-    probability = policy.logits(obs).softmax(-1)[0]
-    count = torch.bincount(policy.act(obs.expand(100_000, 2)), minlength=3)
-    torch.testing.assert_close(count / 100_000, probability, atol=0.01, rtol=0)
-    assert policy.act(obs, greedy=True) == probability.argmax()
+    policy = ppo.SoftmaxPolicy(None, 2, space, 8)
+    torch.nn.init.normal_(policy.layers[-1].weight)
+    obs, act = np.ones((1, 2), np.float32), policy.actor()
+    probability = policy(torch.from_numpy(obs)).softmax(-1)[0]
+    count = np.bincount(act(obs, policy.noise(100_000)), minlength=3)
+    np.testing.assert_allclose(count / 100_000, probability.detach(), atol=0.01)
+    assert act(obs) == probability.argmax()
+
+
+@pytest.mark.parametrize("norm", [None, ppo.RunningNorm(3)], ids=["raw", "norm"])
+def test_numpy_computes_what_torch_does(norm):
+    if norm:
+        norm.update(torch.randn(50, 3) * 7 + 2)
+    obs = torch.randn(11, 3) * 10
+    policy = ppo.GaussianPolicy(norm, 3, ppo.gym.spaces.Box(-1, 1, (2,)), 8, std=0.5)
+    noise = policy.noise(11)
+    with torch.no_grad():
+        mean = policy(obs)
+    act = policy.actor()
+    np.testing.assert_allclose(act(obs.numpy()), mean, atol=1e-6)
+    np.testing.assert_allclose(act(obs.numpy(), noise), mean.numpy() + 0.5 * noise, atol=1e-6)
+    assert abs(noise.std() - 1) < 0.5
+
+
+def test_adam_is_torchs():
+    theta, ours = torch.randn(2, 7)
+    ours.copy_(theta)
+    reference, adam = torch.nn.Parameter(theta.clone()), ppo.Adam(ours)
+    optimizer = torch.optim.Adam([reference], eps=1e-5)
+    for k in range(5):
+        reference.grad = torch.randn(7)
+        optimizer.param_groups[0]["lr"] = 0.1 / (k + 1)
+        optimizer.step()
+        adam.step(reference.grad, 0.1 / (k + 1))
+    torch.testing.assert_close(ours, reference.detach())
 
 
 def test_box_actions_are_scaled_and_clipped_for_the_environment_only():
     low, high = np.array([-1, 0, -np.inf, 2]), np.array([1, 10, np.inf, np.inf])
     space = ppo.gym.spaces.Box(low.reshape(2, 2), high.reshape(2, 2), dtype=np.float64)
-    policy = ppo.GaussianPolicy(torch.nn.Identity(), 3, space, 8, std=1.0)
-    action = torch.tensor([[0.5, 0.5, 0.5, 0.5], [2.0, 2.0, 2.0, 2.0], [-2.0, -2.0, -2.0, 9.0]])
+    policy = ppo.GaussianPolicy(None, 3, space, 8, std=1.0)
+    action = np.array([[0.5, 0.5, 0.5, 0.5], [2.0, 2.0, 2.0, 2.0], [-2.0, -2.0, -2.0, 9.0]])
     sent = policy.to_env(action)
     assert sent.shape == (3, 2, 2) and all(space.contains(a) for a in sent)
     exact = [[0.5, 7.5, 0.5, 2], [1, 10, 2, 2], [-1, 0, -2, 9]]
     np.testing.assert_allclose(sent.reshape(3, 4), exact)
-    many = policy.act(torch.zeros(1000, 3))
-    assert many.abs().max() > 2, "what is sampled and stored is not clipped"
+    many = policy.actor()(np.zeros((1000, 3), np.float32), policy.noise(1000))
+    assert np.abs(many).max() > 2, "what is sampled and stored is not clipped"
 
 
 # Surrogates
@@ -179,10 +207,10 @@ def test_gae_limits():
     torch.testing.assert_close(ppo.gae(rewards, values, no, end, 0.5, 1.0), returns - values[:-1])
 
 
-def test_discounted_sums_restart_with_each_episode():
+def test_running_sums_restart_with_each_episode():
     rewards, _, _, _, valid = random_rollout()
     start = torch.full((6,), 3.0, dtype=torch.float64)
-    ours = ppo.discounted_sums(rewards, valid[:-1], start, 0.9)
+    ours = ppo.running_sums(rewards, 0.9 * valid[:-1], start)
     for n in range(6):
         total = 3.0
         for t in range(40):
@@ -211,7 +239,7 @@ def test_running_norm_equals_the_statistics_of_everything():
 def test_each_loss_moves_its_own_network():
     norm = ppo.RunningNorm(2)
     policy = ppo.SoftmaxPolicy(norm, 2, ppo.gym.spaces.Discrete(3), 8)
-    critic = ppo.mlp(norm, 2, 8, 1, 1.0)
+    critic = ppo.MLP(norm, 2, 8, 1, 1.0)
     obs, action, target = torch.randn(9, 2), torch.randint(3, (9,)), torch.randn(9)
 
     def receivers(loss):
@@ -220,7 +248,7 @@ def test_each_loss_moves_its_own_network():
         return [{p.grad is not None for p in m.parameters()} for m in (policy, critic)]
 
     def ratio():
-        logp = policy.log_prob(obs, action)[0]
+        logp = policy.log_prob(policy(obs), action)
         return (logp - logp.detach()).exp()
 
     assert receivers(ppo.clipped_surrogate(ratio(), target, 0.2, 0.2)) == [{True}, {False}]
@@ -228,11 +256,11 @@ def test_each_loss_moves_its_own_network():
         {True},
         {False},
     ]
-    assert receivers(policy.log_prob(obs, action)[1].mean()) == [{True}, {False}]
+    assert receivers(policy.entropy(policy(obs)).mean()) == [{True}, {False}]
     assert receivers(ppo.value_loss(critic(obs).squeeze(-1), target)) == [{False}, {True}]
     assert not any(p.requires_grad for p in norm.buffers())
     gaussian = ppo.GaussianPolicy(norm, 2, ppo.gym.spaces.Box(-1, 1, (3,)), 8, std=1.0)
-    gaussian.log_prob(obs, torch.zeros(9, 3))[1].mean().backward()
+    gaussian.entropy(gaussian(obs)).mean().backward()
     moved = {name for name, p in gaussian.named_parameters() if p.grad is not None}
     assert moved == {"log_std"}, "the entropy of a Gaussian is in its deviation alone"
 
@@ -253,7 +281,7 @@ def trained(tmp_path, env_id, steps, **options):
     checkpoint = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
     env = ppo.make_envs(env_id, 1)
     policy = ppo.make_policy(env, args)
-    critic = ppo.mlp(policy.norm, env.single_observation_space.shape[0], args.hidden, 1, 1.0)
+    critic = ppo.MLP(policy.norm, env.single_observation_space.shape[0], args.hidden, 1, 1.0)
     policy.load_state_dict(checkpoint["policy"])
     critic.load_state_dict(checkpoint["critic"])
     return returns, lambda *obs: critic(torch.tensor(obs).float()).squeeze(-1).tolist()
