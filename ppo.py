@@ -328,7 +328,7 @@ def value_loss(values, returns):
 
     values V_φ, returns G: (B,). Returns (), to be minimised, in squared units of reward.
     """
-    return (values - returns).pow(2).mean()
+    return nn.functional.mse_loss(values, returns)
 
 
 # Training -----------------------------------------------------------------------------------------
@@ -352,8 +352,9 @@ def train(args: Args) -> np.ndarray:
     policy = make_policy(envs, args).to(device)
     critic = MLP(policy.norm, envs.single_observation_space.shape[0], args.hidden, 1, gain=1.0)
     parameters = [*policy.parameters(), *critic.to(device).parameters()]
-    theta = parameters_to_vector(parameters).detach()  # θ and φ as one vector, of which those of
-    vector_to_parameters(theta, parameters)  # the networks are now views
+    # θ and φ as one vector, of which the parameters of the networks become views.
+    theta = parameters_to_vector(parameters).detach()
+    vector_to_parameters(theta, parameters)
     optimizer = Adam(theta)
     reward_norm = RunningNorm()
     modules = {"policy": policy, "critic": critic, "optimizer": optimizer, "reward": reward_norm}
@@ -429,8 +430,9 @@ def train(args: Args) -> np.ndarray:
                 loss = args.value_coef * v_loss - objective
                 if args.entropy_coef > 0:
                     loss = loss - args.entropy_coef * policy.entropy(output).mean()
-                gradient = torch.cat([g.flatten() for g in torch.autograd.grad(loss, parameters)])
-                gradient *= (args.max_grad_norm / (all_mean(gradient).norm() + 1e-8)).clamp(max=1)
+                gradient = torch.autograd.grad(loss, parameters)
+                gradient = all_mean(torch.cat([g.flatten() for g in gradient]))
+                gradient *= (args.max_grad_norm / (gradient.norm() + 1e-8)).clamp(max=1)
                 optimizer.step(gradient, learning_rate)
                 losses.append((-objective.detach(), v_loss.detach()))
             # 8. Estimate the KL over the whole batch.

@@ -5,9 +5,9 @@
 
 The two sides take turns, A B A B ..., each in a process of its own, so that a machine whose speed
 drifts treats both alike. Steps per second are those of the training loop, logging to TensorBoard on
-both sides, without evaluation: of ours the last charts/SPS, of theirs learn(). A cold start is
-everything, from the start of the process to the end of the evaluation. Run nothing beside it. With
---script, nothing is written.
+both sides, without evaluation or checkpoints: of ours the last charts/SPS, of theirs learn(). A
+cold start is everything, from the start of the process to the end of the evaluation. Run nothing
+beside it. With --script, nothing is written.
 """
 
 import argparse
@@ -97,7 +97,7 @@ def main():
     for row in wanted:
         a, b = [], []
         for _ in range(arguments.repeats):
-            extra = f"--total-timesteps {row['steps']} --eval-episodes 1"
+            extra = f"--total-timesteps {row['steps']} --eval-episodes 1 --checkpoint-every 0"
             a.append(ours(row, row["threads"], extra)[0])
             if "peer" in row:
                 b.append(peer(row, row["threads"], row["steps"])[0])
