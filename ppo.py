@@ -49,6 +49,7 @@ from tqdm import tqdm
 
 SCRIPT = "ppo"
 ACTION_SPACES = (gym.spaces.Discrete, gym.spaces.Box)
+LIMITS = {"gamma": (0, 1), "gae_lambda": (0, 1)}  # of options that end at 1
 
 
 @dataclass
@@ -467,10 +468,10 @@ def stop(message: str, status: int = 2) -> NoReturn:
 
 
 def check(args: Args) -> None:
-    """Stop at a number out of range: sizes begin at 1, other numbers at 0, some end at 1."""
+    """Stop at a number out of range; where LIMITS says nothing, sizes begin at 1, others at 0."""
     for name, value in vars(args).items():
-        low = int(type(value) is int and name not in ("seed", "eval_every", "checkpoint_every"))
-        high = 1 if name in ("gamma", "gae_lambda") else 1e18
+        size = type(value) is int and name not in ("seed", "eval_every", "checkpoint_every")
+        low, high = LIMITS.get(name, (int(size), 1e18))
         if isinstance(value, (int, float)) and not low <= value <= high:
             stop(f"--{name.replace('_', '-')} {value} is out of range: {low} to {high}")
     if args.device == "cuda" and not torch.cuda.is_available():
@@ -503,43 +504,38 @@ def make_envs(env_id: str, n: int, **kwargs) -> gym.vector.VectorEnv:
     obs_space, action_space = envs.single_observation_space, envs.single_action_space
     image = obs_space.dtype == np.uint8 and len(obs_space.shape) > 1
     if image or not obs_space.is_np_flattenable or not isinstance(action_space, ACTION_SPACES):
-        supported = " and ".join(space.__name__ for space in ACTION_SPACES)
-        stop(f"{env_id} maps {obs_space} to {action_space}; supported: no images, {supported}")
-    if envs.metadata.get("autoreset_mode") != gym.vector.AutoresetMode.NEXT_STEP:
-        stop(f"{env_id} does not reset in the step after an episode's end")
+        names = " and ".join(space.__name__ for space in ACTION_SPACES)
+        stop(f"{env_id} maps {obs_space} to {action_space}; supported: no images, {names}")
     flat = isinstance(obs_space, gym.spaces.Box) and len(obs_space.shape) == 1
     return envs if flat else gym.wrappers.vector.FlattenObservation(envs)
 
 
-def load_checkpoint(path: str, spaces: str = "", modules: dict | None = None) -> dict:
-    """Read what Run.save wrote and, if they are given, restore modules from it."""
+def load_checkpoint(path: str, modules: dict) -> dict:
+    """Read what Run.save wrote, and restore modules from it."""
     try:
         checkpoint = torch.load(path, "cpu", weights_only=True)
-        if checkpoint["script"] != SCRIPT or spaces not in ("", checkpoint["spaces"]):
-            raise ValueError(f"it is of {checkpoint['script']}.py on {checkpoint['spaces']}")
-        for name, module in (modules or {}).items():
+        if checkpoint["script"] != SCRIPT:
+            raise ValueError(f"it is of {checkpoint['script']}.py")
+        for name, module in modules.items():
             module.load_state_dict(checkpoint[name])
-        checkpoint["args"] = Args(**checkpoint["args"])
+        return checkpoint | {"args": Args(**checkpoint["args"])}
     except Exception as error:
-        stop(f"cannot resume from {path}: {type(error).__name__}: {error}")
-    return checkpoint
+        stop(f"cannot resume from {path}: {type(error).__name__}: {str(error).splitlines()[-1]}")
 
 
 class Run:
     """Steps, TensorBoard, progress bar, evaluations and checkpoints; only rank 0 writes."""
 
     def __init__(self, args: Args, modules: dict, act, rank: int = 0, total=lambda x: x):
-        self.args, self.modules, self.act = args, modules, act
-        self.rank, self.total, self.step = rank, total, 0
-        envs = make_envs(args.env_id, 1)
-        self.spaces = f"{envs.single_observation_space} to {envs.single_action_space}"
+        self.args, self.modules, self.act, self.rank, self.total = args, modules, act, rank, total
         self.dir = args.run_dir or f"runs/{args.env_id}__{SCRIPT}__{args.seed}__{time.time():.0f}"
+        self.step = 0
         if args.resume:
             self.dir = args.run_dir or os.path.dirname(args.resume) or "."
-            self.step = load_checkpoint(args.resume, self.spaces, modules)["env_steps"]
+            self.step = load_checkpoint(args.resume, modules)["env_steps"]
         torch.manual_seed(env_seed(args.seed, self.step, rank))
-        self.episodes = deque(maxlen=100)  # (return, length) of the latest
         self.first_step, self.start_time = self.step, time.time()
+        self.episodes = deque(maxlen=100)  # (return, length) of the latest
         self.writer = SummaryWriter(self.dir, purge_step=self.step + 1) if rank == 0 else None
         self.bar = tqdm(total=args.total_timesteps, initial=self.step, disable=rank > 0 or None)
         self.signalled = self.interrupted = False  # in this process; in any, as all have agreed
@@ -557,22 +553,21 @@ class Run:
             return
         scalars["charts/SPS"] = (self.step - self.first_step) / (time.time() - self.start_time)
         if self.episodes:
-            mean_return, mean_length = np.mean(self.episodes, 0)
+            mean_return, scalars["charts/episodic_length"] = np.mean(self.episodes, 0)
             scalars["charts/episodic_return"] = mean_return
-            scalars["charts/episodic_length"] = mean_length
             self.bar.set_postfix_str(f"return {mean_return:.1f}", False)
         for name, value in scalars.items():
             self.writer.add_scalar(name, value, self.step)
-        self.bar.update(min(self.step, self.args.total_timesteps) - self.bar.n)
-        tasks = (self.args.eval_every, self.evaluate), (self.args.checkpoint_every, self.save)
-        for every, task in tasks:
+        self.bar.update(self.step - last_step)
+        args = self.args
+        for every, task in (args.eval_every, self.evaluate), (args.checkpoint_every, self.save):
             if every > 0 and self.step // every > last_step // every:
                 task()
 
     def save(self) -> None:
         """Write the checkpoint aside, then put it in the place of the last one."""
         checkpoint = {name: module.state_dict() for name, module in self.modules.items()}
-        checkpoint |= {"script": SCRIPT, "spaces": self.spaces, "env_steps": self.step}
+        checkpoint |= {"script": SCRIPT, "env_steps": self.step}
         checkpoint["args"] = vars(self.args) | {"run_dir": "", "resume": ""}
         self.writer.flush()
         torch.save(checkpoint, f"{self.dir}/checkpoint.tmp")
@@ -584,16 +579,16 @@ class Run:
         Each environment plays one: of the first to end among many, too many would be short. For a
         video they are played in turn.
         """
-        args, seed = self.args, 2**30 + env_seed(self.args.seed, 0, 0)
-        if args.capture_video:
-            video = {"video_folder": f"{self.dir}/videos", "name_prefix": f"step-{self.step}"}
-            envs = make_envs(args.env_id, 1, render_mode="rgb_array")
-            envs = gym.wrappers.vector.RecordVideo(envs, **video, episode_trigger=lambda _: True)
+        env_id, episodes = self.args.env_id, self.args.eval_episodes
+        if self.args.capture_video:
+            options = {"name_prefix": f"step-{self.step}", "episode_trigger": lambda _: True}
+            envs = make_envs(env_id, 1, render_mode="rgb_array")
+            envs = gym.wrappers.vector.RecordVideo(envs, f"{self.dir}/videos", **options)
         else:
-            envs = make_envs(args.env_id, args.eval_episodes)
-        returns = np.zeros(args.eval_episodes)
-        for first in range(0, args.eval_episodes, envs.num_envs):
-            obs, _ = envs.reset(seed=seed + first)
+            envs = make_envs(env_id, episodes)
+        returns = np.zeros(episodes)
+        for first in range(0, episodes, envs.num_envs):
+            obs, _ = envs.reset(seed=2**30 + env_seed(self.args.seed, 0, 0) + first)
             running = np.ones(envs.num_envs, np.bool_)
             for _ in range(100_000):  # there may be no time limit
                 obs, reward, terminated, truncated, _ = envs.step(self.act(obs))
@@ -626,7 +621,7 @@ class Run:
 if __name__ == "__main__":
     args = tyro.cli(Args)
     if args.resume:  # what the command line leaves out is as in the checkpoint
-        args = tyro.cli(Args, default=load_checkpoint(args.resume)["args"])
+        args = tyro.cli(Args, default=load_checkpoint(args.resume, {})["args"])
     try:
         train(args)
     except (gym.error.Error, ImportError, OSError) as error:

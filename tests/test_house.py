@@ -20,7 +20,6 @@ HEADINGS = set((ROOT / "tests/sections.txt").read_text(encoding="utf-8").splitli
 OWN = {
     "Args": "each algorithm has its options",
     "train": "the algorithm itself",
-    "check": "which options end at 1 is up to the algorithm",
 }
 
 # Rule 2: descendant -> (ancestor, names that may differ or be new, most code lines that may differ).
@@ -36,7 +35,7 @@ LINEAGE = {
 # Code lines allowed, 240 where nothing is said. The design wanted 300 for ppo: its two kinds of
 # action, two objectives, two normalisers, torchrun, resume and refusals in one line cost 60 more,
 # and 35 buy the threefold speed: acting in numpy, one vector of parameters, own episode statistics.
-MOST = {"ppo": 395, "sac": 300, "awr": 300}
+MOST = {"ppo": 390, "cem": 252, "sac": 300, "awr": 300}
 
 
 def blocks(name):
@@ -132,7 +131,7 @@ LAST_LINES = """
 if __name__ == "__main__":
     args = tyro.cli(Args)
     if args.resume:  # what the command line leaves out is as in the checkpoint
-        args = tyro.cli(Args, default=load_checkpoint(args.resume)["args"])
+        args = tyro.cli(Args, default=load_checkpoint(args.resume, {})["args"])
     try:
         train(args)
     except (gym.error.Error, ImportError, OSError) as error:
@@ -206,7 +205,8 @@ def test_size_and_shape(name):
     code, (_, where) = code_lines(SOURCES[name]), section_of_lines(name)
     algorithm = [n for n in code if where[n] in ("Networks", "Buffer", "Equations", "Training")]
     assert len(code) <= MOST.get(name, 240), f"{len(code)} lines of code"
-    assert 2 * len(algorithm) > len(code), f"{len(algorithm)} of {len(code)} lines are algorithm"
+    own = [n for n in code if where[n] != "Plumbing"]  # the same in every file
+    assert 2 * len(algorithm) > len(own), f"{len(algorithm)} of {len(own)} lines are algorithm"
     assert max(map(len, SOURCES[name].splitlines())) <= 100
     for function in equation_functions(name):
         assert len(code_lines(blocks(name)[function])) <= 25

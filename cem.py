@@ -1,0 +1,375 @@
+"""Cross-Entropy Method: sample policies, keep the best, and narrow the search around them.
+
+Derivations: "Black-Box Policy Optimization", "Cross-Entropy Method (CEM)".
+
+    1.  Initialise the search distribution N(μ, diag σ²) over the parameters θ of the policy.
+    2.  Sample n candidates θ_i ~ N(μ, diag σ²).
+    3.  Fitness F(θ_i): the mean return of L episodes of π_θ_i.
+    4.  Select the elites, the ⌊ρn⌋ candidates of the highest fitness.
+    5.  μ, σ² = mean and variance of the elites in each coordinate, plus η; repeat from 2.
+
+Notation: θ_i -> theta -> (n, d), d parameters a policy;  μ, σ² -> mu, var -> (d,);
+F -> fitness -> (n,);  θ' -> elites -> (k, d), k = ⌊ρn⌋.
+
+All candidates act at once, in one batched product. The return of an episode is undiscounted and, as
+there is no value function, that of a truncated one is used as it is. Beyond the document: η may
+decay, as in Szita and Lőrincz's paper. The policy that is evaluated is that of the mean μ.
+
+Paper: Szita and Lőrincz 2006, Learning Tetris Using the Noisy Cross-Entropy Method.
+"""
+
+import math
+import os
+import signal
+import sys
+import time
+from collections import deque
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Literal, NoReturn
+
+import gymnasium as gym
+import numpy as np
+import torch
+import tyro
+from torch import Tensor, nn
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+SCRIPT = "cem"
+ACTION_SPACES = (gym.spaces.Discrete, gym.spaces.Box)
+LIMITS = {"rho": (0, 1), "layers": (0, 2), "init_mean": (-1e18, 1e18)}  # not those check assumes
+
+
+@dataclass
+class Args:
+    total_timesteps: int = 100_000  # environment steps of all candidates; generations are not cut
+    candidates: int = 64  # n, candidates in a generation
+    rho: float = 0.2  # ρ, share of the candidates that are elites: ⌊ρn⌋, at least one
+    episodes: int = 1  # L, episodes of each candidate
+    init_mean: float = 0.0  # μ at the start, in each coordinate; the document's is 0
+    init_var: float = 100.0  # σ² at the start, in each coordinate; the document's is 100
+    noise: float = 0.01  # η, added to the variance
+    decay_noise: bool = False  # η falls linearly, to 0 at --total-timesteps
+    common_seeds: bool = False  # the candidates of a generation start from the same states
+    layers: int = 1  # hidden layers: 0 (a linear policy), 1 or 2
+    hidden: int = 32  # units in each of them
+
+    env_id: str = "CartPole-v1"  # gymnasium id; module:Name-v0 imports module first
+    seed: int = 1  # same seed, same machine: same weights, bit for bit
+    device: Literal["cpu", "cuda"] = "cpu"  # where networks and rollouts are kept
+    run_dir: str = ""  # default: runs/<env-id>__<script>__<seed>__<time>
+    eval_episodes: int = 20  # episodes in each evaluation, greedy or mean action
+    eval_every: int = 0  # also evaluate every so many steps; 0: only at the end
+    capture_video: bool = False  # record the evaluation episodes to <run-dir>/videos
+    checkpoint_every: int = 50_000  # steps between checkpoints; 0: only at the end
+    resume: str = ""  # checkpoint to continue from, its options being the defaults
+
+
+# Networks -----------------------------------------------------------------------------------------
+
+
+class Policies:
+    """Deterministic policies π_θ of one shape; a row of θ holds the weights and biases of one."""
+
+    def __init__(self, envs: gym.vector.VectorEnv, hidden: int, layers: int):
+        self.space = space = envs.single_action_space
+        self.discrete = isinstance(space, gym.spaces.Discrete)
+        outputs = int(space.n) if self.discrete else math.prod(space.shape)
+        self.sizes = [envs.single_observation_space.shape[0], *[hidden] * layers, outputs]
+        self.dim = sum((i + 1) * o for i, o in pairwise(self.sizes))
+
+    def unpack(self, theta: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
+        """θ, (n, d), as the weights, (n, inputs, outputs), and biases, (n, outputs), of layers."""
+        layers, first = [], 0
+        for i, o in pairwise(self.sizes):
+            layer = theta[:, first : first + (i + 1) * o].reshape(-1, i + 1, o)
+            layers.append((layer[:, :i], layer[:, i]))
+            first += (i + 1) * o
+        return layers
+
+    def act(self, layers: list, obs: np.ndarray) -> np.ndarray:
+        """What each policy does in its row of obs, (n, obs_dim), as environments take it: (n, ...).
+
+        Over a Discrete space the argmax; over a Box the output, 1 being the upper and -1 the lower
+        bound where there are any, clipped to them.
+        """
+        for weights, bias in layers[:-1]:
+            obs = np.tanh(np.vecmat(obs, weights) + bias)
+        weights, bias = layers[-1]
+        output, space = np.vecmat(obs, weights) + bias, self.space
+        if self.discrete:
+            return output.argmax(-1) + space.start
+        bounded = np.maximum(np.abs(space.low), np.abs(space.high)) < 1e9
+        low, high = np.where(bounded, space.low, -1), np.where(bounded, space.high, 1)
+        action = output.reshape(-1, *space.shape) * (high - low) / 2 + (high + low) / 2
+        return action.clip(space.low, space.high).astype(space.dtype)
+
+
+# Equations ----------------------------------------------------------------------------------------
+
+
+def sample(mu, var, epsilon):
+    """θ_i = μ + σ ε_i ~ N(μ, diag σ²)   [Cross-Entropy Method (CEM), eq. 2]
+
+    mu, var σ²: (d,); epsilon ε_i ~ N(0, I): (n, d). Returns (n, d).
+    """
+    return mu + var.sqrt() * epsilon
+
+
+def select(theta, fitness, rho):
+    """The ⌊ρn⌋ candidates of the highest fitness, at least one, the best one first.
+
+    Step 4 of [Cross-Entropy Method (CEM)]. theta: (n, d); fitness: (n,). Returns (k, d).
+    """
+    return theta[fitness.topk(max(1, math.floor(rho * len(theta) + 1e-9))).indices]
+
+
+def cem_update(elites, noise):
+    """μ(j) = 1/k Σ_i θ'_i(j)   [Cross-Entropy Method (CEM), eq. 3]
+    σ²(j) = 1/k Σ_i (θ'_i(j) - μ(j))² + η   [Cross-Entropy Method (CEM), eq. 4]
+
+    elites θ': (k, d); noise η ≥ 0. Returns μ and σ², (d,) each.
+    """
+    mu = elites.mean(0)
+    return mu, (elites - mu).pow(2).mean(0) + noise
+
+
+# Training -----------------------------------------------------------------------------------------
+
+
+def play(envs: gym.vector.VectorEnv, policies: Policies, theta: np.ndarray, seeds: np.ndarray):
+    """Undiscounted return and length of one whole episode of each policy, (n,) each.
+
+    A native vector environment steps all until the last one ends, which costs it little more; of
+    other environments only those whose episode goes on are stepped.
+    """
+    n, layers = len(theta), policies.unpack(theta)
+    returns, lengths, live = np.zeros(n), np.zeros(n), np.arange(n)
+    single = getattr(envs.unwrapped, "envs", None)  # those of a SyncVectorEnv
+    if single:
+        flatten, space = gym.spaces.flatten, envs.unwrapped.single_observation_space
+        starts = [env.reset(seed=int(seed))[0] for env, seed in zip(single, seeds, strict=True)]
+        obs = np.stack([flatten(space, start) for start in starts]).astype(np.float32)
+    else:
+        obs, _ = envs.reset(seed=int(seeds[0]))
+    while len(live) and lengths.max() < 100_000:  # there may be no time limit
+        if single:
+            ended = np.zeros(n, np.bool_)
+            for i, action in zip(live, policies.act(layers, obs[live]), strict=True):
+                next_obs, reward, terminated, truncated, _ = single[i].step(action)
+                obs[i] = flatten(space, next_obs)
+                returns[i] += reward
+                ended[i] = terminated or truncated
+        else:
+            obs, reward, terminated, truncated, _ = envs.step(policies.act(layers, obs))
+            returns[live] += reward[live]
+            ended = terminated | truncated
+        lengths[live] += 1
+        if ended[live].any():
+            live = live[~ended[live]]
+            layers = policies.unpack(theta[live]) if single else layers
+    return returns, lengths
+
+
+def train(args: Args) -> np.ndarray:
+    """Run the algorithm above; return the episode returns of the final evaluation."""
+    check(args)
+    n, L, device = args.candidates, args.episodes, args.device
+
+    # 1. Initialise.
+    torch.set_num_threads(1)
+    mode = "sync" if args.common_seeds else None  # a native vector environment has one seed for all
+    envs = make_envs(args.env_id, n, vectorization_mode=mode)
+    policies = Policies(envs, args.hidden, args.layers)
+    search = nn.Module()
+    search.mu = nn.Buffer(torch.full((policies.dim,), args.init_mean, device=device))
+    search.var = nn.Buffer(torch.full((policies.dim,), args.init_var, device=device))
+
+    def act(obs: np.ndarray) -> np.ndarray:
+        return policies.act(policies.unpack(search.mu.cpu().numpy()[None]), obs)
+
+    run = Run(args, {"search": search}, act)
+    while run.step < args.total_timesteps and not run.interrupted:
+        # 2. Sample candidates.
+        epsilon = torch.randn(n, policies.dim, device=device)
+        theta = sample(search.mu, search.var, epsilon)
+
+        # 3. Fitness.
+        seeds = (
+            np.random.SeedSequence([args.seed, run.step]).generate_state(n * L).reshape(L, n) >> 3
+        )
+        if args.common_seeds:
+            seeds[:] = seeds[:, :1]
+        episodes = [play(envs, policies, theta.cpu().numpy(), seeds[i]) for i in range(L)]
+        returns, lengths = np.stack(episodes, 1)  # (L, n) each
+        fitness = torch.from_numpy(returns.mean(0)).to(device)
+
+        # 4. Select the elites.
+        elites = select(theta, fitness, args.rho)
+
+        # 5. Update the search distribution.
+        remaining = 1 - run.step / args.total_timesteps
+        search.mu, search.var = cem_update(
+            elites, args.noise * (remaining if args.decay_noise else 1)
+        )
+
+        run.episodes.extend(zip(returns.flat, lengths.flat, strict=True))
+        scalars = {"fitness": fitness.mean(), "best_fitness": fitness.max()}
+        run.update(int(lengths.sum()), scalars | {"sigma": search.var.sqrt().mean()})
+    return run.finish()
+
+
+# Plumbing -----------------------------------------------------------------------------------------
+
+
+def stop(message: str, status: int = 2) -> NoReturn:
+    """End the program with one line on stderr."""
+    print(f"{SCRIPT}.py: {message.splitlines()[0]}", file=sys.stderr)
+    sys.exit(status)
+
+
+def check(args: Args) -> None:
+    """Stop at a number out of range; where LIMITS says nothing, sizes begin at 1, others at 0."""
+    for name, value in vars(args).items():
+        size = type(value) is int and name not in ("seed", "eval_every", "checkpoint_every")
+        low, high = LIMITS.get(name, (int(size), 1e18))
+        if isinstance(value, (int, float)) and not low <= value <= high:
+            stop(f"--{name.replace('_', '-')} {value} is out of range: {low} to {high}")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        stop("--device cuda: no GPU is available")
+
+
+def env_seed(seed: int, step: int, rank: int) -> int:
+    """Seed, below 2²⁹, of what rank begins at step: environments and random numbers."""
+    return int(np.random.SeedSequence([seed, step, rank]).generate_state(1)[0]) >> 3
+
+
+def make_envs(env_id: str, n: int, **kwargs) -> gym.vector.VectorEnv:
+    """n copies of env_id, observations flat; the environment's own vector version if it has one."""
+    envs = gym.make_vec(env_id, n, **kwargs)
+    obs_space, action_space = envs.single_observation_space, envs.single_action_space
+    image = obs_space.dtype == np.uint8 and len(obs_space.shape) > 1
+    if image or not obs_space.is_np_flattenable or not isinstance(action_space, ACTION_SPACES):
+        names = " and ".join(space.__name__ for space in ACTION_SPACES)
+        stop(f"{env_id} maps {obs_space} to {action_space}; supported: no images, {names}")
+    flat = isinstance(obs_space, gym.spaces.Box) and len(obs_space.shape) == 1
+    return envs if flat else gym.wrappers.vector.FlattenObservation(envs)
+
+
+def load_checkpoint(path: str, modules: dict) -> dict:
+    """Read what Run.save wrote, and restore modules from it."""
+    try:
+        checkpoint = torch.load(path, "cpu", weights_only=True)
+        if checkpoint["script"] != SCRIPT:
+            raise ValueError(f"it is of {checkpoint['script']}.py")
+        for name, module in modules.items():
+            module.load_state_dict(checkpoint[name])
+        return checkpoint | {"args": Args(**checkpoint["args"])}
+    except Exception as error:
+        stop(f"cannot resume from {path}: {type(error).__name__}: {str(error).splitlines()[-1]}")
+
+
+class Run:
+    """Steps, TensorBoard, progress bar, evaluations and checkpoints; only rank 0 writes."""
+
+    def __init__(self, args: Args, modules: dict, act, rank: int = 0, total=lambda x: x):
+        self.args, self.modules, self.act, self.rank, self.total = args, modules, act, rank, total
+        self.dir = args.run_dir or f"runs/{args.env_id}__{SCRIPT}__{args.seed}__{time.time():.0f}"
+        self.step = 0
+        if args.resume:
+            self.dir = args.run_dir or os.path.dirname(args.resume) or "."
+            self.step = load_checkpoint(args.resume, modules)["env_steps"]
+        torch.manual_seed(env_seed(args.seed, self.step, rank))
+        self.first_step, self.start_time = self.step, time.time()
+        self.episodes = deque(maxlen=100)  # (return, length) of the latest
+        self.writer = SummaryWriter(self.dir, purge_step=self.step + 1) if rank == 0 else None
+        self.bar = tqdm(total=args.total_timesteps, initial=self.step, disable=rank > 0 or None)
+        self.signalled = self.interrupted = False  # in this process; in any, as all have agreed
+        signal.signal(signal.SIGINT, lambda *_: setattr(self, "signalled", True))
+
+    def update(self, steps: int, losses: dict[str, Tensor]) -> None:
+        """Add the steps of all processes; log; evaluate and save where it is time to."""
+        counts = self.total(torch.tensor([steps, self.signalled], dtype=torch.float64))
+        last_step, self.step = self.step, self.step + round(counts[0].item())
+        self.interrupted = counts[1].item() > 0
+        scalars = {f"losses/{name}": loss.item() for name, loss in losses.items()}
+        if not all(map(math.isfinite, scalars.values())):
+            stop(f"not finite at step {self.step}, so the last checkpoint is kept: {scalars}", 1)
+        if self.rank > 0:
+            return
+        scalars["charts/SPS"] = (self.step - self.first_step) / (time.time() - self.start_time)
+        if self.episodes:
+            mean_return, scalars["charts/episodic_length"] = np.mean(self.episodes, 0)
+            scalars["charts/episodic_return"] = mean_return
+            self.bar.set_postfix_str(f"return {mean_return:.1f}", False)
+        for name, value in scalars.items():
+            self.writer.add_scalar(name, value, self.step)
+        self.bar.update(self.step - last_step)
+        args = self.args
+        for every, task in (args.eval_every, self.evaluate), (args.checkpoint_every, self.save):
+            if every > 0 and self.step // every > last_step // every:
+                task()
+
+    def save(self) -> None:
+        """Write the checkpoint aside, then put it in the place of the last one."""
+        checkpoint = {name: module.state_dict() for name, module in self.modules.items()}
+        checkpoint |= {"script": SCRIPT, "env_steps": self.step}
+        checkpoint["args"] = vars(self.args) | {"run_dir": "", "resume": ""}
+        self.writer.flush()
+        torch.save(checkpoint, f"{self.dir}/checkpoint.tmp")
+        os.replace(f"{self.dir}/checkpoint.tmp", f"{self.dir}/checkpoint.pt")
+
+    def evaluate(self) -> np.ndarray:
+        """Undiscounted returns of --eval-episodes whole episodes, on seeds training never sees.
+
+        Each environment plays one: of the first to end among many, too many would be short. For a
+        video they are played in turn.
+        """
+        env_id, episodes = self.args.env_id, self.args.eval_episodes
+        if self.args.capture_video:
+            options = {"name_prefix": f"step-{self.step}", "episode_trigger": lambda _: True}
+            envs = make_envs(env_id, 1, render_mode="rgb_array")
+            envs = gym.wrappers.vector.RecordVideo(envs, f"{self.dir}/videos", **options)
+        else:
+            envs = make_envs(env_id, episodes)
+        returns = np.zeros(episodes)
+        for first in range(0, episodes, envs.num_envs):
+            obs, _ = envs.reset(seed=2**30 + env_seed(self.args.seed, 0, 0) + first)
+            running = np.ones(envs.num_envs, np.bool_)
+            for _ in range(100_000):  # there may be no time limit
+                obs, reward, terminated, truncated, _ = envs.step(self.act(obs))
+                returns[first : first + envs.num_envs] += reward * running
+                running &= ~(terminated | truncated)
+                if not running.any():
+                    break
+        envs.close()
+        self.writer.add_scalar("charts/eval_return", returns.mean(), self.step)
+        return returns
+
+    def finish(self) -> np.ndarray:
+        """The last checkpoint, the final evaluation and the line of results."""
+        self.bar.close()
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        if self.rank > 0:
+            return np.zeros(0)
+        if self.step > self.first_step:
+            self.save()
+        if self.interrupted:
+            stop(f"stopped at step {self.step}; --resume {self.dir}/checkpoint.pt goes on", 130)
+        returns = self.evaluate()
+        self.writer.close()
+        wall = time.time() - self.start_time
+        print(f"eval_return_mean={returns.mean():.2f} eval_return_std={returns.std():.2f}", end=" ")
+        print(f"eval_episodes={len(returns)} env_steps={self.step} wall_seconds={wall:.1f}")
+        return returns
+
+
+if __name__ == "__main__":
+    args = tyro.cli(Args)
+    if args.resume:  # what the command line leaves out is as in the checkpoint
+        args = tyro.cli(Args, default=load_checkpoint(args.resume, {})["args"])
+    try:
+        train(args)
+    except (gym.error.Error, ImportError, OSError) as error:
+        stop(f"{type(error).__name__}: {error}")
