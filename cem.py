@@ -70,11 +70,19 @@ class Args:
 
 
 class Policies:
-    """Deterministic policies π_θ of one shape; a row of θ holds the weights and biases of one."""
+    """Deterministic policies π_θ of one shape; a row of θ holds the weights and biases of one.
+
+    Over a Discrete space they take the argmax of their outputs; over a Box the outputs themselves,
+    1 being the upper bound and -1 the lower where there are any, clipped to them.
+    """
 
     def __init__(self, envs: gym.vector.VectorEnv, hidden: int, layers: int):
         self.space = space = envs.single_action_space
         self.discrete = isinstance(space, gym.spaces.Discrete)
+        if not self.discrete:
+            bounded = np.maximum(np.abs(space.low), np.abs(space.high)) < 1e9
+            low, high = np.where(bounded, space.low, -1), np.where(bounded, space.high, 1)
+            self.scale, self.shift = (high - low) / 2, (high + low) / 2
         outputs = int(space.n) if self.discrete else math.prod(space.shape)
         self.sizes = [envs.single_observation_space.shape[0], *[hidden] * layers, outputs]
         self.dim = sum((i + 1) * o for i, o in pairwise(self.sizes))
@@ -89,21 +97,15 @@ class Policies:
         return layers
 
     def act(self, layers: list, obs: np.ndarray) -> np.ndarray:
-        """What each policy does in its row of obs, (n, obs_dim), as environments take it: (n, ...).
-
-        Over a Discrete space the argmax; over a Box the output, 1 being the upper and -1 the lower
-        bound where there are any, clipped to them.
-        """
+        """What each policy does in its row of obs, (n, obs_dim), as environments take it: (n, ...)."""
         for weights, bias in layers[:-1]:
             obs = np.tanh(np.vecmat(obs, weights) + bias)
         weights, bias = layers[-1]
-        output, space = np.vecmat(obs, weights) + bias, self.space
+        output = np.vecmat(obs, weights) + bias
         if self.discrete:
-            return output.argmax(-1) + space.start
-        bounded = np.maximum(np.abs(space.low), np.abs(space.high)) < 1e9
-        low, high = np.where(bounded, space.low, -1), np.where(bounded, space.high, 1)
-        action = output.reshape(-1, *space.shape) * (high - low) / 2 + (high + low) / 2
-        return action.clip(space.low, space.high).astype(space.dtype)
+            return output.argmax(-1) + self.space.start
+        action = output.reshape(-1, *self.space.shape) * self.scale + self.shift
+        return action.clip(self.space.low, self.space.high).astype(self.space.dtype)
 
 
 # Equations ----------------------------------------------------------------------------------------
@@ -182,7 +184,7 @@ def train(args: Args) -> np.ndarray:
     mode = "sync" if args.common_seeds else None  # a native vector environment has one seed for all
     envs = make_envs(args.env_id, n, vectorization_mode=mode)
     policies = Policies(envs, args.hidden, args.layers)
-    search = nn.Module()
+    search = nn.Module()  # what a checkpoint holds of the search distribution
     search.mu = nn.Buffer(torch.full((policies.dim,), args.init_mean, device=device))
     search.var = nn.Buffer(torch.full((policies.dim,), args.init_var, device=device))
 
@@ -196,11 +198,9 @@ def train(args: Args) -> np.ndarray:
         theta = sample(search.mu, search.var, epsilon)
 
         # 3. Fitness.
-        seeds = (
-            np.random.SeedSequence([args.seed, run.step]).generate_state(n * L).reshape(L, n) >> 3
-        )
-        if args.common_seeds:
-            seeds[:] = seeds[:, :1]
+        starts = 1 if args.common_seeds else n
+        seeds = np.random.SeedSequence([args.seed, run.step]).generate_state(L * starts) >> 3
+        seeds = seeds.reshape(L, starts).repeat(n // starts, 1)  # (L, n)
         episodes = [play(envs, policies, theta.cpu().numpy(), seeds[i]) for i in range(L)]
         returns, lengths = np.stack(episodes, 1)  # (L, n) each
         fitness = torch.from_numpy(returns.mean(0)).to(device)
@@ -209,10 +209,8 @@ def train(args: Args) -> np.ndarray:
         elites = select(theta, fitness, args.rho)
 
         # 5. Update the search distribution.
-        remaining = 1 - run.step / args.total_timesteps
-        search.mu, search.var = cem_update(
-            elites, args.noise * (remaining if args.decay_noise else 1)
-        )
+        noise = args.noise * (1 - run.step / args.total_timesteps if args.decay_noise else 1)
+        search.mu, search.var = cem_update(elites, noise)
 
         run.episodes.extend(zip(returns.flat, lengths.flat, strict=True))
         scalars = {"fitness": fitness.mean(), "best_fitness": fitness.max()}
