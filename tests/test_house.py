@@ -35,7 +35,7 @@ LINEAGE = {
 # Code lines allowed, 240 where nothing is said. The design wanted 300 for ppo: its two kinds of
 # action, two objectives, two normalisers, torchrun, resume and refusals in one line cost 60 more,
 # and 35 buy the threefold speed: acting in numpy, one vector of parameters, own episode statistics.
-MOST = {"ppo": 390, "cem": 252, "sac": 300, "awr": 300}
+MOST = {"ppo": 390, "cem": 250, "sac": 300, "awr": 300}
 
 
 def blocks(name):
