@@ -97,7 +97,7 @@ class Policies:
         return layers
 
     def act(self, layers: list, obs: np.ndarray) -> np.ndarray:
-        """What each policy does in its row of obs, (n, obs_dim), in the terms of the environments."""
+        """What each policy does in its row of obs, (n, obs_dim), as environments take it."""
         for weights, bias in layers[:-1]:
             obs = np.tanh(np.vecmat(obs, weights) + bias)
         weights, bias = layers[-1]

@@ -1,0 +1,156 @@
+"""cem.py: its distribution, its update, its population, and its loop."""
+
+import cem
+import envs
+import numpy as np
+import pytest
+import torch
+
+
+def options(tmp_path, env_id, steps, **more):
+    defaults = dict(candidates=32, hidden=8, init_var=1.0, eval_episodes=20, run_dir=str(tmp_path))
+    return cem.Args(env_id=env_id, total_timesteps=steps, **{**defaults, **more})
+
+
+# Search distribution
+
+
+def test_samples_follow_the_distribution():
+    """theta ~ N(mu, diag sigma^2), the document's isotropic case and each coordinate its own."""
+    mu, var = torch.tensor([1.0, -2.0, 0.0]), torch.tensor([100.0, 0.25, 4.0])
+    torch.manual_seed(0)
+    theta = cem.sample(mu, var, torch.randn(200_000, 3))
+    torch.testing.assert_close(theta.mean(0), mu, atol=0.1, rtol=0)
+    covariance = theta.T.cov() / (var[:, None] * var).sqrt()
+    torch.testing.assert_close(covariance, torch.eye(3), atol=0.02, rtol=0)
+
+
+@pytest.mark.parametrize(("rho", "k"), [(0.2, 2), (0.29, 2), (0.3, 3), (1.0, 10), (0.01, 1)])
+def test_elites_are_the_floor_of_rho_n_best(rho, k):
+    fitness = torch.tensor([3.0, 9, 1, 7, 5, 8, 2, 6, 4, 0])
+    elites = cem.select(fitness[:, None] * 10, fitness, rho)
+    assert elites[:, 0].tolist() == [90 - 10 * i for i in range(k)]
+
+
+def test_update_is_the_mean_and_the_variance_around_it():
+    elites = torch.randn(7, 3, dtype=torch.float64)
+    mu, var = cem.cem_update(elites, 0.5)
+    for j in range(3):
+        column = elites[:, j].tolist()
+        mean = sum(column) / 7
+        assert mu[j].item() == pytest.approx(mean)
+        assert var[j].item() == pytest.approx(sum((x - mean) ** 2 for x in column) / 7 + 0.5)
+
+
+def test_noise_keeps_the_search_wide():
+    """All elites alike: without noise the search would end, with it goes on at sqrt(eta)."""
+    _, var = cem.cem_update(torch.ones(3, 2), 0.04)
+    assert var.tolist() == pytest.approx([0.04, 0.04])
+
+
+def test_cem_minimises():
+    """A tilted parabola in four dimensions, through the functions that train calls."""
+    torch.manual_seed(0)
+    best, mu, var = torch.tensor([1.0, -2.0, 3.0, 0.0]), torch.zeros(4), torch.full((4,), 100.0)
+    for _ in range(40):
+        theta = cem.sample(mu, var, torch.randn(64, 4))
+        error = theta - best
+        fitness = -error.pow(2).sum(1) - error.sum(1) ** 2
+        mu, var = cem.cem_update(cem.select(theta, fitness, 0.2), 0.0)
+    torch.testing.assert_close(mu, best, atol=1e-3, rtol=0)
+
+
+# Population
+
+
+@pytest.mark.parametrize("env_id", ["CartPole-v1", "MatchedBox-v0"])
+@pytest.mark.parametrize("layers", [0, 1, 2])
+def test_all_act_as_each_alone(env_id, layers):
+    policies = cem.Policies(cem.make_envs(env_id, 5), 8, layers)
+    rng = np.random.default_rng(0)
+    theta = rng.normal(size=(5, policies.dim)).astype(np.float32)
+    obs = rng.normal(size=(5, policies.sizes[0])).astype(np.float32)
+    together = policies.act(policies.unpack(theta), obs)
+    assert together.shape == (5, *policies.space.shape)
+    for i in range(5):
+        x, first = torch.from_numpy(obs[i]), 0
+        for layer, (inputs, outputs) in enumerate(zip(policies.sizes[:-1], policies.sizes[1:])):
+            weights = torch.from_numpy(theta[i, first : first + inputs * outputs])
+            first += inputs * outputs
+            bias, first = torch.from_numpy(theta[i, first : first + outputs]), first + outputs
+            x = x @ weights.reshape(inputs, outputs) + bias
+            x = x if layer == layers else x.tanh()
+        alone = x.argmax().item() if policies.discrete else (x.numpy() * 5 + 5).clip(0, 10)
+        np.testing.assert_allclose(together[i], alone, atol=1e-4)
+    assert first == policies.dim
+
+
+def test_only_running_episodes_are_stepped_and_counted():
+    vector = cem.make_envs("Both-v0", 8)
+    policies = cem.Policies(vector, 4, 1)
+    before = envs.Tiny.steps
+    theta = np.zeros((8, policies.dim), np.float32)
+    returns, lengths = cem.play(vector, policies, theta, np.arange(8))
+    assert envs.Tiny.steps - before == lengths.sum() and len(set(lengths)) > 1
+    np.testing.assert_array_equal(returns, lengths)  # reward 1 a step, truncated or not
+
+
+@pytest.mark.parametrize("mode", [None, "sync"])
+def test_whole_episodes_of_the_native_and_the_listed_environments(mode):
+    """A policy that always pushes right falls in 8 to 11 steps, one that balances does not."""
+    vector = cem.make_envs("CartPole-v1", 3, vectorization_mode=mode)
+    policies = cem.Policies(vector, 1, 0)
+    theta = np.zeros((3, 5, 2), np.float32)
+    theta[0, 4] = [0, 1]  # bias towards 1
+    theta[1, 2:4, 1] = 1, 1  # angle plus angular velocity
+    theta[2, 4] = [1, 0]
+    for seed in range(5):
+        seeds = np.full(3, seed)
+        returns, lengths = cem.play(vector, policies, theta.reshape(3, -1), seeds)
+        np.testing.assert_array_equal(returns, lengths)
+        assert 7 <= returns[0] <= 12 and returns[1] > 100 and 7 <= returns[2] <= 12
+
+
+def test_common_seeds_give_equal_candidates_equal_fitness():
+    vector = cem.make_envs("CartPole-v1", 4, vectorization_mode="sync")
+    policies = cem.Policies(vector, 4, 1)
+    theta = np.random.default_rng(1).normal(size=(1, policies.dim)).astype(np.float32)
+    returns, _ = cem.play(vector, policies, theta.repeat(4, 0), np.full(4, 7))
+    assert len(set(returns)) == 1
+    again, _ = cem.play(vector, policies, theta.repeat(4, 0), np.arange(4))
+    assert len(set(again)) > 1
+
+
+@pytest.mark.parametrize("common", [False, True])
+def test_start_seeds_of_a_generation(tmp_path, monkeypatch, common):
+    seen, play = [], cem.play
+    monkeypatch.setattr(cem, "play", lambda *a: seen.append(a[-1].tolist()) or play(*a))
+    more = dict(common_seeds=common, episodes=3, candidates=4)
+    cem.train(options(tmp_path, "Matched-v0", 24, **more))
+    assert len(seen) == 6, "two generations of three episodes"
+    assert all(len(set(seeds)) == (1 if common else 4) for seeds in seen)
+    assert len({seeds[0] for seeds in seen}) == 6, "no episode has the seeds of another"
+
+
+# Learning
+
+
+@pytest.mark.parametrize("more", [{}, {"common_seeds": True, "episodes": 2}], ids=str)
+def test_reward_depends_on_action_and_observation(tmp_path, more):
+    assert cem.train(options(tmp_path, "Matched-v0", 2_000, **more)).mean() == 1
+
+
+@pytest.mark.parametrize("decay", [False, True])
+def test_continuous_action(tmp_path, decay):
+    more = dict(decay_noise=decay, layers=0, episodes=4)
+    returns = cem.train(options(tmp_path, "MatchedBox-v0", 4_000, **more))
+    assert returns.mean() > -0.1  # a constant action gets -4 at best
+
+
+def test_decaying_noise_ends_at_zero(tmp_path):
+    """With eta = 0 in the end the search narrows to nothing; with constant eta it cannot."""
+    for decay, below in ((True, True), (False, False)):
+        more = dict(noise=0.04, decay_noise=decay, layers=0)
+        cem.train(options(tmp_path, "MatchedBox-v0", 4_000, **more))
+        var = torch.load(tmp_path / "checkpoint.pt", weights_only=True)["search"]["var"]
+        assert (var.min() < 0.04).item() == below
