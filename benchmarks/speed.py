@@ -1,4 +1,4 @@
-"""Steps per second and time to a return, beside stable-baselines3 with the same settings.
+"""Steps per second and time to a return, beside stable-baselines3 or pycma with the same settings.
 
     python benchmarks/speed.py                  every row of speed.toml
     python benchmarks/speed.py --script ppo     those of one script
@@ -62,20 +62,79 @@ print(json.dumps([model.num_timesteps / seconds, mean]))
 """
 
 
+# One candidate at a time: pycma's loop of ask and tell, and a policy of one hidden layer in numpy.
+PYCMA = """
+import json, sys, time
+import cma, gymnasium, numpy as np
+settings = json.loads(sys.argv[1])
+env, hidden, steps = gymnasium.make(settings["env"]), settings["hidden"], 0
+i, o = env.observation_space.shape[0], int(env.action_space.n)
+def fitness(theta):
+    global steps
+    first, second = np.split(theta, [(i + 1) * hidden])
+    first, second = first.reshape(i + 1, hidden), second.reshape(hidden + 1, o)
+    (obs, _), total, over = env.reset(), 0.0, False
+    while not over:
+        action = (np.tanh(obs @ first[:i] + first[i]) @ second[:hidden] + second[hidden]).argmax()
+        obs, reward, terminated, truncated, _ = env.step(action)
+        total, steps, over = total + reward, steps + 1, terminated or truncated
+    return total
+options = {"popsize": settings["population"], "verbose": -9, "seed": 1}
+es = cma.CMAEvolutionStrategy(np.zeros((i + 1) * hidden + (hidden + 1) * o), 1.0, options)
+start = time.time()
+while steps < settings["steps"]:
+    candidates = es.ask()
+    es.tell(candidates, [-fitness(theta) for theta in candidates])
+print(json.dumps([steps / (time.time() - start), 0]))
+"""
+
+
 def peer(row, threads, steps, episodes=0):
-    """One run of stable-baselines3: steps per second, return, and seconds from start to end."""
-    settings = {**row["peer"], "env": row["env"], "steps": steps, "threads": threads}
+    """One run of the peer: steps per second, return, and seconds from start to end."""
+    settings = {"env": row["env"], "steps": steps, "threads": threads, **row["peer"]}
     line = [
         sys.executable,
         "-W",
         "ignore",
         "-c",
-        PEER,
+        PYCMA if "population" in row["peer"] else PEER,
         json.dumps({**settings, "episodes": episodes}),
     ]
     start = time.time()
     done = subprocess.run(line, stdout=subprocess.PIPE, text=True, check=True)
     return *json.loads(done.stdout.splitlines()[-1]), time.time() - start
+
+
+def alone(row):
+    """Steps per second of the environment with random actions and nothing else."""
+    import gymnasium
+
+    env = gymnasium.make(row["env"])
+    env.reset(seed=1)
+    env.action_space.seed(1)
+    actions = [env.action_space.sample() for _ in range(row["steps"])]
+    start = time.time()
+    for action in actions:
+        _, _, terminated, truncated, _ = env.step(action)
+        if terminated or truncated:
+            env.reset()
+    return row["steps"] / (time.time() - start)
+
+
+def candidates(row, ranks):
+    """Episodes per second of processes that evaluate row["each"] candidates apiece."""
+    with tempfile.TemporaryDirectory() as run_dir:
+        start = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks)]
+        line = f"{ROOT}/{row['script']}.py --env-id {row['env']} --total-timesteps {row['steps']}"
+        line += f" --candidates {row['each'] * ranks} --run-dir {run_dir} --checkpoint-every 0"
+        line += f" --eval-episodes 1 {row['options']}"
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        subprocess.run(
+            [*start, *shlex.split(line)], env=environment, check=True, capture_output=True
+        )
+        steps, speed = scalars(run_dir, "charts/SPS")
+        _, length = scalars(run_dir, "charts/episodic_length")
+    return speed[-1] / length.mean()
 
 
 def spread(values, form="{:,.0f}"):
@@ -93,7 +152,7 @@ def main():
     arguments = parser.parse_args()
     table = tomllib.loads((HERE / "speed.toml").read_text(encoding="utf-8"))
     wanted = [row for row in table["row"] if arguments.script in (None, row["script"])]
-    lines = ["| | steps/s | sb3 steps/s | ratio | goal |", "|---|---|---|---|---|"]
+    lines = ["| | steps/s | of the peer | ratio | goal |", "|---|---|---|---|---|"]
     for row in wanted:
         a, b = [], []
         for _ in range(arguments.repeats):
@@ -102,8 +161,28 @@ def main():
             if "peer" in row:
                 b.append(peer(row, row["threads"], row["steps"])[0])
         theirs = f"{spread(b)} | {spread(np.divide(a, b), '{:.1f}')}" if b else " | "
-        goal = f"{row['goal']} times" if b else f"{row['goal_steps_per_second']:,} steps/s"
-        lines.append(f"| {row['name']} | {spread(a)} | {theirs} | {goal} |")
+        lines.append(f"| {row['name']} | {spread(a)} | {theirs} | {row['goal']} |")
+        print(lines[-1], flush=True)
+    lines += ["", "| | steps/s | of the environment alone | times as long | goal |"]
+    lines += ["|---|---|---|---|---|"]
+    for row in [row for row in table["alone"] if arguments.script in (None, row["script"])]:
+        a, b = [], []
+        for _ in range(arguments.repeats):
+            extra = f"--total-timesteps {row['steps']} --eval-episodes 1 --checkpoint-every 0"
+            a.append(ours(row, 1, extra)[0])
+            b.append(alone(row))
+        ratio = spread(np.divide(b, a), "{:.2f}")
+        lines.append(f"| {row['name']} | {spread(a)} | {spread(b)} | {ratio} | {row['goal']} |")
+        print(lines[-1], flush=True)
+    lines += ["", "| | candidates/s, 2 processes | 1 process | ratio | goal |"]
+    lines += ["|---|---|---|---|---|"]
+    for row in [row for row in table["ranks"] if arguments.script in (None, row["script"])]:
+        a, b = [], []
+        for _ in range(arguments.repeats):
+            a.append(candidates(row, 2))
+            b.append(candidates(row, 1))
+        theirs = f"{spread(b)} | {spread(np.divide(a, b), '{:.2f}')}"
+        lines.append(f"| {row['name']} | {spread(a)} | {theirs} | {row['goal']} |")
         print(lines[-1], flush=True)
     lines += [
         "",

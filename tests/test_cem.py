@@ -93,6 +93,7 @@ def test_only_running_episodes_are_stepped_and_counted():
     returns, lengths = cem.play(vector, policies, theta, np.arange(8))
     assert envs.Tiny.steps - before == lengths.sum() and len(set(lengths)) > 1
     np.testing.assert_array_equal(returns, lengths)  # reward 1 a step, truncated or not
+    assert lengths.max() == 5, "a time limit is an end"
 
 
 @pytest.mark.parametrize("mode", [None, "sync"])
