@@ -32,10 +32,10 @@ LINEAGE = {
 }
 
 
-# Code lines allowed, 240 where nothing is said. The design wanted 300 for ppo: its two kinds of
-# action, two objectives, two normalisers, torchrun, resume and refusals in one line cost 60 more,
-# and 35 buy the threefold speed: acting in numpy, one vector of parameters, own episode statistics.
-MOST = {"ppo": 390, "cem": 250, "sac": 300, "awr": 300}
+# Code lines allowed, 240 where nothing is said, of which the plumbing that is the same in every file
+# takes 119. The design wanted 300 for ppo: its two kinds of action, two objectives, two normalisers
+# and torchrun cost 60 more, and 30 buy the threefold speed: acting in numpy, one vector of parameters.
+MOST = {"ppo": 390, "cem": 250, "dqn": 310, "double_dqn": 310, "sac": 300, "awr": 300}
 
 
 def blocks(name):

@@ -1,0 +1,276 @@
+"""dqn.py and double_dqn.py: targets, replay, a finite MDP with known values, and the loop."""
+
+import double_dqn
+import dqn
+import numpy as np
+import pytest
+import torch
+from conftest import command
+
+both = pytest.mark.parametrize("script", [dqn, double_dqn], ids=["dqn", "double_dqn"])
+
+
+def target(script, reward, bootstrap, q_online, q_target):
+    """The target as train computes it."""
+    if script is dqn:
+        return dqn.dqn_target(reward, bootstrap, q_target)
+    return double_dqn.double_dqn_target(reward, bootstrap, q_online, q_target)
+
+
+# Equations
+
+
+def test_targets():
+    q_a = torch.tensor([[1.0, 5.0, 3.0], [2.0, 0.0, 1.0]])
+    q_b = torch.tensor([[9.0, 4.0, 7.0], [6.0, 8.0, 3.0]])
+    reward, bootstrap = torch.tensor([1.0, -1.0]), torch.tensor([0.9, 0.0])
+    y = dqn.dqn_target(reward, bootstrap, q_b)
+    assert y.tolist() == pytest.approx([1 + 0.9 * 9, -1])
+    y = double_dqn.double_dqn_target(reward, bootstrap, q_a, q_b)  # A selects, B evaluates
+    assert y.tolist() == pytest.approx([1 + 0.9 * 4, -1])
+    y = double_dqn.double_dqn_target(reward, bootstrap, q_b, q_a)  # the document's other half
+    assert y.tolist() == pytest.approx([1 + 0.9 * 1, -1])
+    same = double_dqn.double_dqn_target(reward, bootstrap, q_b, q_b)
+    torch.testing.assert_close(same, dqn.dqn_target(reward, bootstrap, q_b))
+
+
+def test_the_max_overestimates_and_the_double_target_does_not():
+    """All true values are 0; two estimates with independent unit noise."""
+    torch.manual_seed(0)
+    q_a, q_b = torch.randn(2, 100_000, 5)
+    zero, one = torch.zeros(100_000), torch.ones(100_000)
+    single = dqn.dqn_target(zero, one, q_b).mean().item()
+    assert single == pytest.approx(1.163, abs=0.02)  # the mean maximum of five normal numbers
+    double = double_dqn.double_dqn_target(zero, one, q_a, q_b).mean().item()
+    assert double == pytest.approx(0, abs=0.02)
+
+
+@pytest.mark.parametrize("delta", [0.5, 1.0, 2.0])
+def test_huber_is_the_piecewise_form(delta):
+    x = torch.linspace(-4, 4, 81, dtype=torch.float64).requires_grad_()
+    exact = [v * v / 2 if abs(v) <= delta else delta * abs(v) - delta**2 / 2 for v in x.tolist()]
+    loss = dqn.huber_loss(x, delta)
+    assert loss.item() == pytest.approx(np.mean(exact))
+    slope = torch.autograd.grad(loss, x)[0] * len(x)
+    torch.testing.assert_close(slope, x.detach().clamp(-delta, delta))
+    assert dqn.squared_loss(x).item() == pytest.approx(np.mean(x.detach().numpy() ** 2))
+
+
+def test_n_step_return():
+    assert dqn.n_step_return([1.0, 2.0, 4.0], 0.5) == 1 + 1 + 1
+    assert dqn.n_step_return([3.0], 0.5) == 3
+
+
+# A finite MDP
+
+
+def finite_mdp():
+    """Deterministic successors, rewards, and Q* by the document's two updates of value iteration."""
+    rng = np.random.default_rng(0)
+    successor, reward = rng.integers(6, size=(6, 3)), rng.normal(size=(6, 3))
+    value = np.zeros(6)
+    for _ in range(500):
+        q = reward + 0.9 * value[successor]
+        value = q.max(1)
+    return torch.from_numpy(successor), torch.from_numpy(reward).float(), torch.from_numpy(q)
+
+
+def test_value_iteration_finds_the_best_policy():
+    """Q = r + gamma V(s'), V = max_a Q, against the value of every deterministic policy."""
+    successor, reward, q_star = finite_mdp()
+    reward, states, best = reward.double(), torch.arange(6), torch.full((6,), -torch.inf)
+    for number in range(3**6):
+        policy = torch.tensor([number // 3**s % 3 for s in range(6)])
+        transition = torch.eye(6, dtype=torch.float64)[successor[states, policy]]
+        system = torch.eye(6, dtype=torch.float64) - 0.9 * transition
+        best = torch.maximum(best, torch.linalg.solve(system, reward[states, policy]))
+    torch.testing.assert_close(q_star.max(-1).values, best)
+    torch.testing.assert_close(q_star, reward + 0.9 * best[successor])
+
+
+def test_advantages_and_values_have_one_greedy_policy():
+    _, _, q = finite_mdp()
+    value = q.max(-1, keepdim=True).values
+    assert torch.equal((q - value).argmax(-1), q.argmax(-1)) and (q - value).max() == 0
+
+
+@both
+@pytest.mark.parametrize("loss", ["huber", "squared"])
+def test_the_update_on_one_hot_states_finds_the_optimal_values(script, loss):
+    """Every transition of the MDP in each batch, a table as the network, a copy every 20 steps."""
+    successor, reward, q_star = finite_mdp()
+    table = torch.zeros(6, 3, requires_grad=True)
+    frozen, states = table.detach().clone(), torch.eye(6)
+    factor = torch.full((18,), 0.9)
+    theta = table.detach().view(-1)
+    optimizer = script.Adam(theta)
+    for update in range(4_000):
+        q_next = states[successor.view(-1)] @ table, states[successor.view(-1)] @ frozen
+        with torch.no_grad():
+            y = target(script, reward.view(-1), factor, *q_next)
+        x = (states @ table).view(-1) - y
+        value = script.huber_loss(x, 1.0) if loss == "huber" else script.squared_loss(x)
+        optimizer.step(
+            torch.autograd.grad(value, table)[0].view(-1), 0.05 if update < 3_000 else 5e-3
+        )
+        if update % 20 == 0:
+            frozen.copy_(table.detach())
+    torch.testing.assert_close(table.detach(), q_star.float(), atol=1e-2, rtol=0)
+
+
+# Replay
+
+
+def test_buffer_overwrites_the_oldest_and_draws_the_rest():
+    buffer = dqn.ReplayBuffer(4, np.zeros(2, np.float32), np.int64(0))
+    for i in range(6):
+        buffer.add(np.full(2, i), i, 10 * i, np.full(2, i + 1), 0.5)
+    rng = np.random.default_rng(0)
+    obs, action, reward, next_obs, bootstrap = buffer.sample(1000, rng, "cpu")
+    assert obs.shape == (1000, 2) and sorted(set(action.tolist())) == [2, 3, 4, 5]
+    assert torch.equal(obs[:, 0], action.float()) and torch.equal(next_obs, obs + 1)
+    assert torch.equal(reward, 10.0 * action) and (bootstrap == 0.5).all()
+    counts = np.bincount(action.numpy())[2:]
+    assert counts.min() > 200 and counts.max() < 300, "uniform"
+
+
+def test_half_full_buffer_draws_only_what_was_written_and_survives_a_checkpoint():
+    buffer = dqn.ReplayBuffer(10, np.zeros(1, np.float32), np.int64(0))
+    for i in range(1, 4):
+        buffer.add(np.full(1, i), 1, i, np.full(1, i), 0.9)
+    restored = dqn.ReplayBuffer(10, np.zeros(1, np.float32), np.int64(0))
+    restored.load_state_dict(buffer.state_dict())
+    assert len(buffer.state_dict()["data"][0]) == 3, "not the whole buffer"
+    draws = restored.sample(100, np.random.default_rng(0), "cpu")
+    assert set(draws[2].tolist()) == {1.0, 2.0, 3.0}
+    smaller = dqn.ReplayBuffer(2, np.zeros(1, np.float32), np.int64(0))
+    with pytest.raises(ValueError, match="buffer-size"):
+        smaller.load_state_dict(buffer.state_dict())
+
+
+def test_a_buffer_that_cannot_fit_is_refused():
+    status, _, err = command("dqn", "--buffer-size", 10**12)
+    assert status == 2 and "--buffer-size" in err and "GiB" in err and len(err.splitlines()) == 1
+
+
+# Loop
+
+COMMON = dict(hidden=32, hidden_2=32, batch_size=64, gamma=0.9, learning_rate=3e-3, burn_in=200)
+COMMON |= dict(epsilon_steps=1_000, eval_episodes=20, tau=0.02)
+
+
+def trained(script, tmp_path, env_id, steps, **options):
+    """Evaluation returns, the checkpoint, and max_a Q as a function of observations."""
+    options = {**COMMON, **options}
+    args = script.Args(env_id=env_id, total_timesteps=steps, run_dir=str(tmp_path), **options)
+    returns = script.train(args)
+    checkpoint = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
+    q_net = script.QNetwork(2, args.hidden, args.hidden_2, 2)
+    q_net.load_state_dict(checkpoint["q_net"])
+    value = lambda *obs: q_net(torch.tensor(obs).float()).max(-1).values.tolist()  # noqa: E731
+    return returns, checkpoint, value
+
+
+@both
+@pytest.mark.parametrize("n_step", [1, 3])
+@pytest.mark.parametrize("env_id", ["Terminates-v0", "Truncates-v0"])
+def test_stored_transitions_at_both_kinds_of_end(script, tmp_path, env_id, n_step):
+    """Five steps of reward 1: what N of them leave of reward and of the factor of the value."""
+    _, checkpoint, _ = trained(script, tmp_path, env_id, 150, n_step=n_step)
+    obs, _, reward, next_obs, bootstrap = checkpoint["buffer"]["data"]
+    assert len(reward) == 150
+    for i in range(150):
+        k = min(n_step, 5 - i % 5)
+        ends = i % 5 + k == 5
+        assert reward[i].item() == pytest.approx(sum(0.9**j for j in range(k)))
+        terminated = ends and env_id == "Terminates-v0"
+        assert bootstrap[i].item() == pytest.approx(0 if terminated else 0.9**k)
+        if env_id == "Terminates-v0":  # the time is observed
+            assert obs[i, 0] == i % 5 - 2.5 and next_obs[i, 0] == i % 5 + k - 2.5
+
+
+@pytest.mark.parametrize("utd", [0.25, 0.3, 1.0, 3.0])
+def test_updates_are_exactly_the_ratio(tmp_path, monkeypatch, utd):
+    updates, step = [], dqn.Adam.step
+    monkeypatch.setattr(dqn.Adam, "step", lambda *a: updates.append(1) or step(*a))
+    trained(dqn, tmp_path, "Both-v0", 311, utd=utd, burn_in=100)
+    assert len(updates) == int(utd * 211)
+
+
+@pytest.mark.parametrize("options", [{"target_every": 7, "tau": 0.0}, {"tau": 0.1}], ids=str)
+def test_target_network(tmp_path, monkeypatch, options):
+    """Hard: the weights of the last multiple of K updates. Soft: the exponential average."""
+    history, step = [], dqn.Adam.step
+
+    def spy(self, *a):
+        if not history:
+            history.append(self.theta.clone())
+        step(self, *a)
+        history.append(self.theta.clone())
+
+    monkeypatch.setattr(dqn.Adam, "step", spy)
+    _, checkpoint, _ = trained(dqn, tmp_path, "Both-v0", 300, utd=1.0, **options)
+    if "target_every" in options:
+        exact = history[7 * (100 // 7)]
+    else:
+        exact = history[0]
+        for theta in history[1:]:
+            exact = 0.9 * exact + 0.1 * theta
+    ours = torch.cat([x.flatten() for x in checkpoint["target_net"].values()])
+    torch.testing.assert_close(ours, exact)
+
+
+def test_hard_and_soft_updates_exclude_each_other():
+    status, _, err = command("dqn", "--tau", 0.1, "--target-every", 5)
+    assert status == 2 and "--target-every" in err and len(err.splitlines()) == 1
+
+
+@both
+def test_only_the_online_network_receives_gradient(script):
+    q_net, target_net = (script.QNetwork(2, 8, 8, 3) for _ in range(2))
+    obs = torch.randn(5, 2)
+    y = target(script, torch.zeros(5), torch.ones(5), q_net(obs).detach(), target_net(obs))
+    loss = script.huber_loss(q_net(obs)[:, 0] - y.detach(), 1.0)
+    loss.backward()
+    assert all(p.grad is not None for p in q_net.parameters())
+    assert all(p.grad is None for p in target_net.parameters())
+
+
+def test_numpy_computes_what_torch_does():
+    q_net, obs = dqn.QNetwork(3, 8, 16, 4), torch.randn(5, 3)
+    np.testing.assert_allclose(q_net.in_numpy()(obs.numpy()), q_net(obs).detach(), atol=1e-6)
+
+
+@both
+def test_reward_depends_on_action_and_observation(script, tmp_path):
+    returns, _, _ = trained(script, tmp_path, "Matched-v0", 2_000)
+    assert returns.mean() == 1
+
+
+@both
+@pytest.mark.parametrize("n_step", [1, 3])
+def test_time_limit_does_not_end_the_value(script, tmp_path, n_step):
+    _, _, value = trained(script, tmp_path, "Truncates-v0", 4_000, n_step=n_step, tau=0.1)
+    assert value([0, 0]) == pytest.approx([10], abs=0.3)
+
+
+@both
+@pytest.mark.parametrize("n_step", [1, 3])
+def test_termination_ends_the_value(script, tmp_path, n_step):
+    _, _, value = trained(script, tmp_path, "Terminates-v0", 4_000, n_step=n_step)
+    exact = [(1 - 0.9 ** (5 - t)) / 0.1 for t in range(5)]
+    assert value(*([t - 2.5, 0] for t in range(5))) == pytest.approx(exact, abs=0.15)
+
+
+@both
+def test_both_ends(script, tmp_path):
+    _, _, value = trained(script, tmp_path, "Both-v0", 6_000, loss="squared")
+    assert value([0, 0]) == pytest.approx([1 / (1 - 0.8 * 0.9)], abs=0.2)
+
+
+@both
+def test_two_step_credit(script, tmp_path):
+    """The second observation does not tell the first action: only N = 2 can give it credit."""
+    returns, _, value = trained(script, tmp_path, "TwoStep-v0", 3_000, n_step=2)
+    assert returns.mean() == 1
+    assert value([0, 1], [0, -1]) == pytest.approx([0.9, 0.9], abs=0.1)
