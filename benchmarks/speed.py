@@ -151,9 +151,16 @@ def main():
     parser.add_argument("--cold-peers", type=int, default=3, help="of them, beside the peer")
     arguments = parser.parse_args()
     table = tomllib.loads((HERE / "speed.toml").read_text(encoding="utf-8"))
-    wanted = [row for row in table["row"] if arguments.script in (None, row["script"])]
+    table = {
+        kind: [
+            row
+            for row in rows
+            if arguments.script in (None, row["script"]) and (ROOT / f"{row['script']}.py").exists()
+        ]
+        for kind, rows in table.items()
+    }
     lines = ["| | steps/s | of the peer | ratio | goal |", "|---|---|---|---|---|"]
-    for row in wanted:
+    for row in table["row"]:
         a, b = [], []
         for _ in range(arguments.repeats):
             extra = f"--total-timesteps {row['steps']} --eval-episodes 1 --checkpoint-every 0"
@@ -165,7 +172,7 @@ def main():
         print(lines[-1], flush=True)
     lines += ["", "| | steps/s | of the environment alone | times as long | goal |"]
     lines += ["|---|---|---|---|---|"]
-    for row in [row for row in table["alone"] if arguments.script in (None, row["script"])]:
+    for row in table["alone"]:
         a, b = [], []
         for _ in range(arguments.repeats):
             extra = f"--total-timesteps {row['steps']} --eval-episodes 1 --checkpoint-every 0"
@@ -176,7 +183,7 @@ def main():
         print(lines[-1], flush=True)
     lines += ["", "| | candidates/s, 2 processes | 1 process | ratio | goal |"]
     lines += ["|---|---|---|---|---|"]
-    for row in [row for row in table["ranks"] if arguments.script in (None, row["script"])]:
+    for row in table["ranks"]:
         a, b = [], []
         for _ in range(arguments.repeats):
             a.append(candidates(row, 2))
@@ -189,7 +196,7 @@ def main():
         "| from a cold start | seconds | least return | sb3 | least return | ratio | goal |",
     ]
     lines += ["|---|---|---|---|---|---|---|"]
-    for row in [row for row in table["cold"] if arguments.script in (None, row["script"])]:
+    for row in table["cold"]:
         a, b, returns, theirs = [], [], [], []
         steps = row["peer"].pop("steps")
         for seed in range(1, arguments.cold_seeds + 1):
