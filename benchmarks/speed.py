@@ -124,15 +124,15 @@ def alone(row):
 def candidates(row, ranks):
     """Episodes per second of processes that evaluate row["each"] candidates apiece."""
     with tempfile.TemporaryDirectory() as run_dir:
-        start = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks)]
-        line = f"{ROOT}/{row['script']}.py --env-id {row['env']} --total-timesteps {row['steps']}"
+        start = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+        line = f"--nproc-per-node {ranks} {ROOT}/{row['script']}.py --env-id {row['env']}"
         line += f" --candidates {row['each'] * ranks} --run-dir {run_dir} --checkpoint-every 0"
-        line += f" --eval-episodes 1 {row['options']}"
+        line += f" --eval-episodes 1 --total-timesteps {row['steps']} {row['options']}"
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         subprocess.run(
             [*start, *shlex.split(line)], env=environment, check=True, capture_output=True
         )
-        steps, speed = scalars(run_dir, "charts/SPS")
+        _, speed = scalars(run_dir, "charts/SPS")
         _, length = scalars(run_dir, "charts/episodic_length")
     return speed[-1] / length.mean()
 

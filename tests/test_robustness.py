@@ -418,7 +418,7 @@ def test_torchrun(name, tmp_path):
     options = options.replace("Matched", "envs:Matched")
     path = f"{ROOT}:{ROOT / 'tests'}"
     run = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
         + [str(tmp_path / "two.py"), *options.split()],
         env={**os.environ, "OUT": str(tmp_path), "PYTHONPATH": path},
         capture_output=True,
