@@ -15,6 +15,8 @@ from conftest import ROOT, SCRIPTS, SOURCES, module
 
 SECTIONS = ["Networks", "Buffer", "Equations", "Training", "Plumbing"]
 HEADINGS = set((ROOT / "tests/sections.txt").read_text(encoding="utf-8").splitlines())
+TABLE = (ROOT / "tests/equations.tsv").read_text(encoding="utf-8").splitlines()
+HEADINGS |= {line.split("\t")[0] for line in TABLE}  # where two headings are the same: "A / B"
 
 # Rule 1: the names that may differ in text between scripts, and why.
 OWN = {
@@ -35,7 +37,7 @@ LINEAGE = {
 # Code lines allowed, 240 where nothing is said, of which the plumbing that is the same in every file
 # takes 119. The design wanted 300 for ppo: its two kinds of action, two objectives, two normalisers
 # and torchrun cost 60 more, and 30 buy the threefold speed: acting in numpy, one vector of parameters.
-MOST = {"ppo": 390, "cem": 250, "dqn": 310, "double_dqn": 310, "sac": 300, "awr": 300}
+MOST = {"ppo": 390, "cem": 250, "dqn": 310, "nes": 310, "double_dqn": 310, "sac": 300, "awr": 300}
 
 
 def blocks(name):
