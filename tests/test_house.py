@@ -25,19 +25,33 @@ OWN = {
 }
 
 # Rule 2: descendant -> (ancestor, names that may differ or be new, most code lines that may differ).
+CMAES = set(
+    "Args train sample select cem_update check_memory sample_correlated rank_weights update_mean "
+    "elite_covariance square_root strategy_parameters cumulate relative_length h_sigma "
+    "update_step_size update_covariance".split()
+)
 LINEAGE = {
     "double_dqn": ("dqn", {"double_dqn_target", "dqn_target", "train"}, 10),
     "td3": ("ddpg", {"Args", "train"}, None),
     "sac": ("td3", {"Args", "train"}, None),
     "a3c": ("a2c", {"Args", "train"}, None),
-    "cmaes": ("cem", {"Args", "train"}, None),
+    "cmaes": ("cem", CMAES, None),
 }
 
 
 # Code lines allowed, 240 where nothing is said, of which the plumbing that is the same in every file
 # takes 119. The design wanted 300 for ppo: its two kinds of action, two objectives, two normalisers
 # and torchrun cost 60 more, and 30 buy the threefold speed: acting in numpy, one vector of parameters.
-MOST = {"ppo": 390, "cem": 250, "dqn": 310, "nes": 310, "double_dqn": 310, "sac": 300, "awr": 300}
+MOST = {
+    "ppo": 390,
+    "cem": 250,
+    "cmaes": 325,
+    "dqn": 310,
+    "nes": 310,
+    "double_dqn": 310,
+    "sac": 300,
+    "awr": 300,
+}
 
 
 def blocks(name):

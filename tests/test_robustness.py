@@ -22,6 +22,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 SHORT = {
     "ppo": dict(num_envs=4, num_steps=32, epochs=2, hidden=16),
     "cem": dict(candidates=4, hidden=8),
+    "cmaes": dict(candidates=4, layers=1, hidden=8),
     "nes": dict(candidates=4, hidden=8),
     "dqn": dict(burn_in=50, batch_size=16, hidden=16, hidden_2=16, utd=0.1),
     "double_dqn": dict(burn_in=50, batch_size=16, hidden=16, hidden_2=16, utd=0.1),

@@ -1,0 +1,457 @@
+"""cmaes.py: both updates against written-out loops, on functions, against pycma, and its loop."""
+
+import math
+import statistics
+
+import cmaes
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+
+
+def double(*values):
+    return torch.tensor(values, dtype=torch.float64)
+
+
+def random_covariance(d, seed=0):
+    factor = torch.randn(d, d, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return factor @ factor.T + 0.1 * torch.eye(d)
+
+
+# Search distribution
+
+
+def test_square_root():
+    C = random_covariance(7)
+    root = cmaes.square_root(C)
+    torch.testing.assert_close(root @ root, C)
+    torch.testing.assert_close(root, root.T)
+    C[0, 1] += 1  # rounding may leave C a little asymmetric: only the lower triangle counts
+    torch.testing.assert_close(cmaes.square_root(C), root)
+
+
+def test_a_singular_covariance_has_a_root():
+    line = torch.outer(double(1, 2), double(1, 2))
+    root = cmaes.square_root(line)
+    assert root.isfinite().all()
+    torch.testing.assert_close(root @ root, line, atol=1e-6, rtol=0)
+
+
+def test_samples_follow_the_distribution():
+    """theta ~ N(mu, Sigma); with Sigma = sigma^2 I it is what the cross-entropy method samples."""
+    mu, sigma = double(1, -2, 0), 2.0
+    epsilon = torch.randn(
+        200_000, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64
+    )
+    for C in (random_covariance(3), torch.eye(3, dtype=torch.float64)):
+        theta = cmaes.sample_correlated(mu, sigma * cmaes.square_root(C), epsilon)
+        torch.testing.assert_close(theta.mean(0), mu, atol=0.03, rtol=0)
+        torch.testing.assert_close(theta.T.cov(), sigma**2 * C, atol=0.1, rtol=0.02)
+    torch.testing.assert_close(theta, mu + sigma * epsilon)
+
+
+# The document's update
+
+
+@pytest.mark.parametrize(("k", "n"), [(3, 3), (5, 10), (2.5, 5), (1, 2)])
+def test_rank_weights(k, n):
+    raw = [math.log(k + 0.5) - math.log(i) for i in range(1, n + 1)]
+    total = sum(w for w in raw if w > 0)
+    assert cmaes.rank_weights(k, n).tolist() == pytest.approx([w / total for w in raw])
+
+
+@pytest.mark.parametrize("alpha", [1.0, 0.3])
+def test_the_documents_update_written_out(alpha):
+    rng = np.random.default_rng(0)
+    mu, elites, weights = rng.normal(size=4), rng.normal(size=(6, 4)), rng.dirichlet(np.ones(6))
+    new_mu = mu.copy()
+    for i in range(6):
+        for j in range(4):
+            new_mu[j] += alpha * weights[i] * (elites[i, j] - mu[j])
+    covariance = np.zeros((4, 4))
+    for a in range(4):
+        for b in range(4):
+            for i in range(6):
+                covariance[a, b] += (elites[i, a] - new_mu[a]) * (elites[i, b] - new_mu[b]) / 6
+        covariance[a, a] += 0.5
+    mu, elites, weights = map(torch.from_numpy, (mu, elites, weights))
+    ours = cmaes.update_mean(mu, elites, weights, alpha)
+    np.testing.assert_allclose(ours, new_mu)
+    np.testing.assert_allclose(cmaes.elite_covariance(elites, ours, 0.5), covariance)
+
+
+def document(function, mu, sigma, n, rho, noise, generator):
+    """Minimise function by the document's update, as train does: after each generation mu, Sigma."""
+    d, k = len(mu), math.floor(rho * n)
+    Sigma, weights = sigma**2 * torch.eye(d, dtype=torch.float64), cmaes.rank_weights(k, k)
+    while True:
+        epsilon = torch.randn(n, d, generator=generator, dtype=torch.float64)
+        theta = cmaes.sample_correlated(mu, cmaes.square_root(Sigma), epsilon)
+        elites = theta[function(theta).argsort()[:k]]
+        mu = cmaes.update_mean(mu, elites, weights, 1.0)
+        Sigma = cmaes.elite_covariance(elites, mu, noise)
+        yield mu, Sigma
+
+
+# Hansen's update
+
+
+def hansen(function, mu, sigma, n, draw):
+    """Minimise function by the complete update, as train does: the values and state of each generation.
+
+    draw() returns epsilon, (n, d).
+    """
+    d = len(mu)
+    C, p_sigma, p_c = torch.eye(d).to(mu), torch.zeros_like(mu), torch.zeros_like(mu)
+    generation, k = double(0).squeeze(), n // 2
+    weights, mu_eff, c_sigma, d_sigma, c_c, c_1, c_mu = cmaes.strategy_parameters(n, d)
+    gap = max(1, math.floor(1 / (10 * d * (c_1 + c_mu))))
+    while True:
+        if generation % gap == 0:
+            root = cmaes.square_root(C)
+        epsilon = draw()
+        theta = cmaes.sample_correlated(mu, sigma * root, epsilon)
+        values = function(theta)
+        order = values.argsort()
+        epsilon = epsilon[order]
+        mu = cmaes.update_mean(mu, theta[order[:k]], weights[:k], 1.0)
+        generation += 1
+        steps = epsilon @ root
+        p_sigma = cmaes.cumulate(p_sigma, weights[:k] @ epsilon[:k], c_sigma, mu_eff)
+        length = cmaes.relative_length(p_sigma)
+        h = cmaes.h_sigma(length, generation, c_sigma, d)
+        p_c = cmaes.cumulate(p_c, h * (weights[:k] @ steps[:k]), c_c, mu_eff)
+        sigma = cmaes.update_step_size(sigma, length, c_sigma, d_sigma)
+        C = cmaes.update_covariance(C, p_c, steps, epsilon, weights, h, c_c, c_1, c_mu)
+        yield values, mu, sigma, C, p_sigma, p_c, h
+
+
+def normal(n, d, seed):
+    """draw for hansen."""
+    generator = torch.Generator().manual_seed(seed)
+    return lambda: torch.randn(n, d, generator=generator, dtype=torch.float64)
+
+
+def sphere(x):
+    return x.pow(2).sum(1)
+
+
+def ellipsoid(x):
+    """Condition 1e6."""
+    return (torch.logspace(0, 6, x.shape[1], dtype=x.dtype) * x.pow(2)).sum(1)
+
+
+def rosenbrock(x):
+    return (100 * (x[:, :-1].pow(2) - x[:, 1:]).pow(2) + (x[:, :-1] - 1).pow(2)).sum(1)
+
+
+def evaluations(function, seed, d=10, n=10, most=10_000):
+    """Evaluations until one is at most 1e-8, from x0 uniform in [-2, 2], sigma0 = 1; inf: too many."""
+    draw = normal(n, d, seed)
+    x0 = torch.rand(d, generator=torch.Generator().manual_seed(1000 + seed)).double() * 4 - 2
+    search = hansen(function, x0, double(1).squeeze(), n, draw)
+    for generation, (values, *_) in zip(range(1, most // n + 1), search):
+        if values.min() <= 1e-8:
+            return n * generation
+    return math.inf
+
+
+@pytest.mark.parametrize(
+    ("function", "pycma"), [(sphere, 1340), (ellipsoid, 3975), (rosenbrock, 5185)]
+)
+def test_as_many_evaluations_as_pycma(function, pycma):
+    """pycma 4.5.0 with its defaults; it too ends in the other minimum of Rosenbrock's now and then."""
+    median = statistics.median(evaluations(function, seed) for seed in range(20))
+    assert 0.85 * pycma <= median <= 1.15 * pycma
+
+
+def test_strategy_parameters_of_ten():
+    """Those of pycma 4.5.0 and, for c_sigma, d_sigma and c_c, of the tutorial by hand."""
+    weights, mu_eff, c_sigma, d_sigma, c_c, c_1, c_mu = cmaes.strategy_parameters(10, 10)
+    pycmas = [0.4563, 0.2708, 0.1622, 0.0852, 0.0255, -0.08, -0.2218, -0.3446, -0.4529, -0.5497]
+    assert weights.tolist() == pytest.approx(pycmas, abs=5e-5)
+    assert mu_eff == pytest.approx(3.1672992814107017)
+    assert (c_1, c_mu) == pytest.approx((0.015283824524751714, 0.02355177665041747))
+    assert (c_sigma, d_sigma) == pytest.approx((5.1673 / 18.1673, 1 + 5.1673 / 18.1673), rel=1e-4)
+    assert c_c == pytest.approx(4.31673 / 14.63346, rel=1e-4)
+
+
+@pytest.mark.parametrize("n", [2, 3, 4, 10, 65, 1000])
+@pytest.mark.parametrize("d", [1, 2, 10, 300])
+def test_strategy_parameters_of_any_size(n, d):
+    """C keeps its size on average and stays positive definite, whatever the ranks."""
+    weights, mu_eff, *rates = cmaes.strategy_parameters(n, d)
+    *_, c_1, c_mu = rates
+    assert weights.isfinite().all() and (weights.diff() <= 0).all()
+    assert weights[: n // 2].sum().item() == pytest.approx(1)
+    assert 1 <= mu_eff <= n / 2 + 1e-9
+    assert all(0 < rate for rate in rates) and c_1 + c_mu <= 1
+    negative = weights.clamp(max=0).sum().item()
+    keep = 1 - c_1 - c_mu * weights.sum().item()
+    assert keep + d * c_mu * negative >= -1e-12, "what is taken away never exceeds what is kept"
+
+
+class Tutorial:
+    """Figure 6 of the tutorial in loops, with C^-1/2 by inversion where cmaes.py has epsilon."""
+
+    def __init__(self, mu, sigma, n):
+        self.mu, self.sigma, self.n, self.d = mu, sigma, n, len(mu)
+        self.C, self.p_sigma, self.p_c = np.eye(self.d), np.zeros(self.d), np.zeros(self.d)
+        self.g = 0
+
+    def generation(self, theta):
+        """One update by theta, the best first."""
+        n, d = self.n, self.d
+        raw = [math.log((n + 1) / 2) - math.log(i) for i in range(1, n + 1)]
+        best, worst = [w for w in raw if w > 0], [w for w in raw if w < 0]
+        mu_eff = sum(best) ** 2 / sum(w**2 for w in best)
+        mu_eff_negative = sum(worst) ** 2 / sum(w**2 for w in worst)
+        c_1 = 2 / ((d + 1.3) ** 2 + mu_eff)
+        c_mu = 2 * (1 / 4 + mu_eff + 1 / mu_eff - 2) / ((d + 2) ** 2 + 2 * mu_eff / 2)
+        c_mu = min(1 - c_1, c_mu)
+        c_c = (4 + mu_eff / d) / (d + 4 + 2 * mu_eff / d)
+        c_sigma = (mu_eff + 2) / (d + mu_eff + 5)
+        d_sigma = 1 + 2 * max(0, math.sqrt((mu_eff - 1) / (d + 1)) - 1) + c_sigma
+        least = min(
+            1 + c_1 / c_mu, 1 + 2 * mu_eff_negative / (mu_eff + 2), (1 - c_1 - c_mu) / (d * c_mu)
+        )
+        w = [x / sum(best) if x >= 0 else least * x / -sum(worst) for x in raw]
+
+        values, B = np.linalg.eigh(self.C)
+        inverse = B @ np.diag(values**-0.5) @ B.T
+        y = [(theta[i] - self.mu) / self.sigma for i in range(n)]
+        mean_y = np.zeros(d)
+        for i in range(len(best)):
+            mean_y += w[i] * y[i]
+        self.mu = self.mu + self.sigma * mean_y
+        expected = math.sqrt(d) * (1 - 1 / (4 * d) + 1 / (21 * d**2))
+        p_sigma = (1 - c_sigma) * self.p_sigma
+        self.p_sigma = p_sigma + math.sqrt(c_sigma * (2 - c_sigma) * mu_eff) * inverse @ mean_y
+        norm = np.linalg.norm(self.p_sigma)
+        self.sigma *= math.exp(c_sigma / d_sigma * (norm / expected - 1))
+        threshold = (1.4 + 2 / (d + 1)) * expected
+        self.h = float(norm / math.sqrt(1 - (1 - c_sigma) ** (2 * (self.g + 1))) < threshold)
+        self.p_c = (1 - c_c) * self.p_c + self.h * math.sqrt(c_c * (2 - c_c) * mu_eff) * mean_y
+        delta = (1 - self.h) * c_c * (2 - c_c)
+        C = (1 + c_1 * delta - c_1 - c_mu * sum(w)) * self.C + c_1 * np.outer(self.p_c, self.p_c)
+        for i in range(n):
+            w_i = w[i] if w[i] >= 0 else w[i] * d / np.linalg.norm(inverse @ y[i]) ** 2
+            C = C + c_mu * w_i * np.outer(y[i], y[i])
+        self.C, self.g = C, self.g + 1
+
+
+@pytest.mark.parametrize("n", [4, 7, 10])
+def test_hansens_update_written_out(n):
+    """From so small a sigma that p_sigma is long for a while, which halts p_c: h is 0, then 1."""
+    d, seen = 3, []
+    mu, sigma, draw, epsilons = double(3, -1, 2), double(1e-3).squeeze(), normal(n, d, 0), []
+    search = hansen(ellipsoid, mu, sigma, n, lambda: epsilons.append(draw()) or epsilons[-1])
+    tutorial = Tutorial(mu.numpy(), sigma.item(), n)
+    for _ in range(60):
+        root = cmaes.square_root(torch.from_numpy(tutorial.C)).numpy()
+        values, mu, sigma, C, p_sigma, p_c, h = next(search)
+        theta = tutorial.mu + tutorial.sigma * epsilons[-1].numpy() @ root
+        tutorial.generation(theta[values.argsort().numpy()])
+        seen.append(h.item())
+        assert tutorial.h == h
+        for ours, theirs in ((mu, tutorial.mu), (C, tutorial.C)):
+            np.testing.assert_allclose(ours, theirs, rtol=1e-6, atol=1e-9)
+        for ours, theirs in ((p_sigma, tutorial.p_sigma), (p_c, tutorial.p_c)):
+            np.testing.assert_allclose(ours, theirs, rtol=1e-6, atol=1e-6)
+        assert sigma.item() == pytest.approx(tutorial.sigma)
+    assert {0.0, 1.0} == set(seen)
+
+
+def test_random_ranks_leave_p_sigma_normal():
+    """p_sigma ~ N(0, I) but for its beginning at 0, so that sigma stays where it is on average."""
+    d, n, many = 5, 12, 10_000
+    weights, mu_eff, c_sigma, *_ = cmaes.strategy_parameters(n, d)
+    draw, path = normal(many, n * d, 0), torch.zeros(many, d).double()
+    for generation in range(1, 5):
+        step = torch.einsum("n,mnd->md", weights.clamp(min=0), draw().view(many, n, d))
+        path = cmaes.cumulate(path, step, c_sigma, mu_eff)
+        usual = 1 - (1 - c_sigma) ** (2 * generation)
+        torch.testing.assert_close(path.T.cov() / usual, torch.eye(d).to(path), atol=0.06, rtol=0)
+    lengths = [cmaes.relative_length(p).item() for p in path[:2000] / math.sqrt(usual)]
+    assert np.mean(lengths) == pytest.approx(1, abs=0.03)
+
+
+def test_random_ranks_leave_the_covariance_on_average():
+    d, n, times = 3, 6, 3000
+    weights, _, _, _, c_c, c_1, c_mu = cmaes.strategy_parameters(n, d)
+    C, draw, total = random_covariance(d), normal(n + 1, d, 0), torch.zeros(d, d).double()
+    root = cmaes.square_root(C)
+    for _ in range(times):
+        epsilon, p = draw().split([n, 1])
+        p_c = (p @ root).squeeze()  # it is ~ N(0, C)
+        total += cmaes.update_covariance(
+            C, p_c, epsilon @ root, epsilon, weights, 1.0, c_c, c_1, c_mu
+        )
+    torch.testing.assert_close(total / times, C, atol=0, rtol=0.05)
+
+
+def linear(x):
+    """Progress is along the first coordinate, downwards."""
+    return x[:, 0]
+
+
+def test_on_a_slope_the_documents_search_shrinks_and_hansens_grows():
+    """The better half is narrow along the progress: 1 - 2 / pi of the variance around its mean."""
+    d, n = 4, 2000
+    search = document(
+        linear, torch.zeros(d).double(), 1.0, n, 0.5, 0.0, torch.Generator().manual_seed(0)
+    )
+    found = [next(search) for _ in range(80)]
+    variances = torch.stack([Sigma.diagonal() for _, Sigma in found[:10]])
+    assert (variances[:, 0] < 0.8 ** torch.arange(1, 11)).all(), "a little around the weighted mean"
+    assert (variances[:, 1:] - 1).abs().max() < 0.5, "where there is no progress, as it was"
+    assert found[5][0][0] < -2 and found[60][0][0] - found[79][0][0] < 1e-3, "it comes to a halt"
+
+    search = hansen(linear, torch.zeros(d).double(), double(1).squeeze(), 10, normal(10, d, 0))
+    spreads, means = [], []
+    for _ in range(40):
+        _, mu, sigma, C, *_ = next(search)
+        spreads.append((sigma * C[0, 0].sqrt()).item())
+        means.append(mu[0].item())
+    assert spreads[-1] > 100 and means[-1] < 10 * means[19], "it goes ever faster"
+    assert C[0, 0] > 2 * C.diagonal()[1:].mean(), "and stretches along the progress"
+
+
+@pytest.mark.parametrize("function", [ellipsoid, rosenbrock])
+def test_only_ranks_matter_and_no_direction_is_special(function):
+    """Fitness through a monotone function changes nothing; rotated space, rotated search."""
+    d, n, start = 6, 8, torch.full((6,), 0.5, dtype=torch.float64)
+    rotation = torch.linalg.qr(random_covariance(d))[0]
+    sigma, draw = double(0.5).squeeze(), normal(n, d, 0)
+    plain = hansen(function, start, sigma, n, normal(n, d, 0))
+    monotone = hansen(lambda x: -1 / function(x), start, sigma, n, normal(n, d, 0))
+    rotated = hansen(
+        lambda x: function(x @ rotation), rotation @ start, sigma, n, lambda: draw() @ rotation.T
+    )
+    for _ in range(60):
+        values, mu, sigma_1, *_ = next(plain)
+        torch.testing.assert_close(next(monotone)[1], mu, atol=0, rtol=0)
+        other_values, other_mu, sigma_2, *_ = next(rotated)
+        torch.testing.assert_close(other_values, values, atol=1e-6, rtol=1e-6)
+        torch.testing.assert_close(rotation.T @ other_mu, mu, atol=1e-6, rtol=1e-6)
+        torch.testing.assert_close(sigma_2, sigma_1, atol=1e-6, rtol=1e-6)
+
+
+# The loop
+
+
+class Function(gym.Env):
+    """One step: the reward is minus the ellipsoid at the action, which without inputs is theta."""
+
+    observation_space = gym.spaces.Box(-1, 1, (0,), np.float32)
+    action_space = gym.spaces.Box(-np.inf, np.inf, (5,), np.float64)
+
+    def reset(self, *, seed=None, options=None):
+        return np.zeros(0, np.float32), {}
+
+    def step(self, action):
+        value = ellipsoid(torch.from_numpy(action)[None]).item()
+        return np.zeros(0, np.float32), -value, True, False, {}
+
+
+gym.register("Function-v0", Function, disable_env_checker=True, order_enforce=False)
+
+
+def options(tmp_path, env_id, steps, **more):
+    defaults = dict(eval_episodes=20, run_dir=str(tmp_path))
+    return cmaes.Args(env_id=env_id, total_timesteps=steps, **{**defaults, **more})
+
+
+def state(tmp_path):
+    return torch.load(tmp_path / "checkpoint.pt", weights_only=True)["search"]
+
+
+def test_train_is_the_search_tested_above(tmp_path):
+    """Both updates, from the same random numbers: mean, step size, covariance and paths."""
+    n, seed = 9, cmaes.env_seed(1, 0, 0)
+    more = dict(candidates=n, init_mean=1.0, init_sigma=0.5)
+    cmaes.train(options(tmp_path, "Function-v0", 40 * n, update="hansen", **more))
+    start = torch.ones(5, dtype=torch.float64)
+    search = hansen(ellipsoid, start, double(0.5).squeeze(), n, normal(n, 5, seed))
+    for _ in range(40):
+        _, mu, sigma, C, p_sigma, p_c, _ = next(search)
+    found = state(tmp_path)
+    expected = {"mu": mu, "sigma": sigma, "C": C, "p_sigma": p_sigma, "p_c": p_c}
+    for name, tensor in expected.items():
+        torch.testing.assert_close(found[name], tensor, msg=name)
+
+    more |= dict(update="document", rho=0.5, noise=1e-4)
+    cmaes.train(options(tmp_path, "Function-v0", 20 * n, **more))
+    generator = torch.Generator().manual_seed(seed)
+    search = document(ellipsoid, start, 0.5, n, 0.5, 1e-4, generator)
+    for _ in range(20):
+        mu, Sigma = next(search)
+    found = state(tmp_path)
+    torch.testing.assert_close(found["mu"], mu)
+    torch.testing.assert_close(found["sigma"] ** 2 * found["C"], Sigma)
+
+
+def test_a_resumed_search_keeps_its_shape(tmp_path):
+    more = dict(candidates=6, init_mean=1.0)
+    cmaes.train(options(tmp_path, "Function-v0", 60, **more))
+    before = state(tmp_path)
+    resume = str(tmp_path / "checkpoint.pt")
+    cmaes.train(options(tmp_path, "Function-v0", 66, resume=resume, **more))
+    after = state(tmp_path)
+    assert (before["generation"], after["generation"]) == (10, 11)
+    c_1, c_mu = cmaes.strategy_parameters(6, 5)[-2:]
+    change = (after["C"] - before["C"]).norm() / before["C"].norm()
+    assert 0 < change < 10 * (c_1 + c_mu) and not torch.equal(after["C"], torch.eye(5).double())
+
+
+@pytest.mark.parametrize("update", ["hansen", "document"])
+@pytest.mark.parametrize("more", [{}, {"common_seeds": True, "episodes": 2}], ids=str)
+def test_reward_depends_on_action_and_observation(tmp_path, update, more):
+    returns = cmaes.train(options(tmp_path, "Matched-v0", 1_000, update=update, **more))
+    assert returns.mean() == 1
+
+
+@pytest.mark.parametrize(("update", "least"), [("hansen", -1e-4), ("document", -0.02)])
+def test_continuous_action(tmp_path, update, least):
+    more = dict(update=update, episodes=4, noise=1e-4)
+    assert cmaes.train(options(tmp_path, "MatchedBox-v0", 4_000, **more)).mean() > least
+
+
+def test_hidden_layers_learn_too(tmp_path):
+    more = dict(candidates=16, layers=1, hidden=4)
+    assert cmaes.train(options(tmp_path, "Matched-v0", 2_000, **more)).mean() == 1
+
+
+# Memory
+
+
+@pytest.mark.parametrize("layers", [1, 2])
+def test_a_covariance_too_large_is_refused(monkeypatch, capsys, layers):
+    """The hidden size that the message names fits, and one more does not."""
+    pages = {"SC_PAGE_SIZE": 4096, "SC_PHYS_PAGES": 10_000}  # 41 MB
+    monkeypatch.setattr(cmaes.os, "sysconf", pages.get)
+    envs = cmaes.make_envs("CartPole-v1", 2)
+    with pytest.raises(SystemExit):
+        cmaes.check_memory(envs, cmaes.Args(layers=layers, hidden=10**9))
+    message = capsys.readouterr().err
+    d = cmaes.Policies(envs, 10**9, layers).dim
+    assert len(message.splitlines()) == 1 and f"{d} x {d}" in message and " GB of 0.0" in message
+    fits = int(message.split()[-1])
+    cmaes.check_memory(envs, cmaes.Args(layers=layers, hidden=fits))
+    assert 6 * 8 * cmaes.Policies(envs, fits, layers).dim ** 2 <= 41e6
+    with pytest.raises(SystemExit):
+        cmaes.check_memory(envs, cmaes.Args(layers=layers, hidden=fits + 1))
+
+
+def test_a_linear_policy_too_large_is_refused(monkeypatch, capsys):
+    monkeypatch.setattr(cmaes.os, "sysconf", lambda name: 1)
+    with pytest.raises(SystemExit):
+        cmaes.check_memory(cmaes.make_envs("CartPole-v1", 2), cmaes.Args(layers=0))
+    assert "no --hidden fits" in capsys.readouterr().err
+
+
+def test_one_candidate_is_refused(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        cmaes.train(options(tmp_path, "Matched-v0", 10, candidates=1))
+    assert "--candidates 1 " in capsys.readouterr().err
