@@ -278,10 +278,13 @@ def running_sums(x, keep, start):
     looks back where that of [Rewards and Returns] looks ahead; γ = 1 ends as the episode's return.
     x, keep: (T, ...); start, y before them: (...). Returns (T, ...), in units of x.
     """
-    sums = [start]
-    for x_t, keep_t in zip(x.unbind(), keep.unbind(), strict=True):
-        sums.append(torch.addcmul(x_t, keep_t, sums[-1]))
-    return torch.stack(sums[1:])
+    sums, keep, span = x.clone(), keep.clone(), 1
+    sums[0] += keep[0] * start
+    while span < len(sums):  # y_t holds what the last span steps add to it, and span doubles
+        sums[span:] = torch.addcmul(sums[span:], keep[span:], sums[:-span])
+        keep[span:] = keep[span:] * keep[:-span]
+        span *= 2
+    return sums
 
 
 def gae(rewards, values, terminated, truncated, gamma, gae_lambda):

@@ -1,13 +1,13 @@
 """Steps per second and time to a return, beside stable-baselines3 or pycma with the same settings.
 
     python benchmarks/speed.py                  every row of speed.toml
-    python benchmarks/speed.py --script ppo     those of one script
+    python benchmarks/speed.py --only dqn       those whose name contains dqn
 
 The two sides take turns, A B A B ..., each in a process of its own, so that a machine whose speed
 drifts treats both alike. Steps per second are those of the training loop, logging to TensorBoard on
 both sides, without evaluation or checkpoints: of ours the last charts/SPS, of theirs learn(). A
 cold start is everything, from the start of the process to the end of the evaluation. Run nothing
-beside it. With --script, nothing is written.
+beside it. Each row goes to results/speed.json as it is measured, and from there into README.md.
 """
 
 import argparse
@@ -26,6 +26,7 @@ from returns import scalars, write_between
 
 HERE = pathlib.Path(__file__).resolve().parent
 ROOT = HERE.parent
+RESULTS = HERE / "results/speed.json"
 
 
 def ours(row, threads, extra=""):
@@ -143,77 +144,81 @@ def spread(values, form="{:,.0f}"):
     return f"{form.format(middle)} ({form.format(low)} to {form.format(high)})"
 
 
+SHORT = "--eval-episodes 1 --checkpoint-every 0"
+
+
+def speed_row(row, repeats):
+    a, b = [], []
+    for _ in range(repeats):
+        a.append(ours(row, row["threads"], f"--total-timesteps {row['steps']} {SHORT}")[0])
+        if "peer" in row:
+            b.append(peer(row, row["threads"], row["steps"])[0])
+    theirs = [spread(b), spread(np.divide(a, b), "{:.1f}")] if b else ["", ""]
+    return [spread(a), *theirs]
+
+
+def alone_row(row, repeats):
+    a, b = [], []
+    for _ in range(repeats):
+        a.append(ours(row, 1, f"--total-timesteps {row['steps']} {SHORT}")[0])
+        b.append(alone(row))
+    return [spread(a), spread(b), spread(np.divide(b, a), "{:.2f}")]
+
+
+def ranks_row(row, repeats):
+    a, b = [], []
+    for _ in range(repeats):
+        a.append(candidates(row, 2))
+        b.append(candidates(row, 1))
+    return [spread(a), spread(b), spread(np.divide(a, b), "{:.2f}")]
+
+
+def cold_row(row, repeats):
+    a, b, returns, theirs = [], [], [], []
+    for seed in range(1, 11):
+        _, result, seconds = ours(row, 1, f"--seed {seed}")
+        a.append(seconds)
+        returns.append(float(result["eval_return_mean"]))
+        if seed <= repeats and "peer" in row:
+            settings = {name: value for name, value in row["peer"].items() if name != "steps"}
+            _, mean, seconds = peer({**row, "peer": settings}, 1, row["peer"]["steps"], 20)
+            b.append(seconds)
+            theirs.append(mean)
+    print(f"  {row['name']}: returns {returns} and the peer's {theirs}")
+    ratio = [spread(b, "{:.0f}"), f"{min(theirs):.0f}", spread(np.divide(b, a[: len(b)]), "{:.1f}")]
+    return [spread(a, "{:.1f}"), f"{min(returns):.0f}", *(ratio if b else ["", "", ""])]
+
+
+TABLES = {  # of speed.toml: what measures a row, and the columns
+    "row": (speed_row, "steps/s | of the peer | ratio"),
+    "alone": (alone_row, "steps/s | of the environment alone | times as long"),
+    "ranks": (ranks_row, "candidates/s, 2 processes | 1 process | ratio"),
+    "cold": (cold_row, "seconds from a cold start | least return | sb3 | least return | ratio"),
+}
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--script")
+    parser.add_argument("--only", default="", help="rows whose name contains this")
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--cold-seeds", type=int, default=10)
-    parser.add_argument("--cold-peers", type=int, default=3, help="of them, beside the peer")
     arguments = parser.parse_args()
-    table = tomllib.loads((HERE / "speed.toml").read_text(encoding="utf-8"))
-    table = {
-        kind: [
-            row
-            for row in rows
-            if arguments.script in (None, row["script"]) and (ROOT / f"{row['script']}.py").exists()
-        ]
-        for kind, rows in table.items()
-    }
-    lines = ["| | steps/s | of the peer | ratio | goal |", "|---|---|---|---|---|"]
-    for row in table["row"]:
-        a, b = [], []
-        for _ in range(arguments.repeats):
-            extra = f"--total-timesteps {row['steps']} --eval-episodes 1 --checkpoint-every 0"
-            a.append(ours(row, row["threads"], extra)[0])
-            if "peer" in row:
-                b.append(peer(row, row["threads"], row["steps"])[0])
-        theirs = f"{spread(b)} | {spread(np.divide(a, b), '{:.1f}')}" if b else " | "
-        lines.append(f"| {row['name']} | {spread(a)} | {theirs} | {row['goal']} |")
-        print(lines[-1], flush=True)
-    lines += ["", "| | steps/s | of the environment alone | times as long | goal |"]
-    lines += ["|---|---|---|---|---|"]
-    for row in table["alone"]:
-        a, b = [], []
-        for _ in range(arguments.repeats):
-            extra = f"--total-timesteps {row['steps']} --eval-episodes 1 --checkpoint-every 0"
-            a.append(ours(row, 1, extra)[0])
-            b.append(alone(row))
-        ratio = spread(np.divide(b, a), "{:.2f}")
-        lines.append(f"| {row['name']} | {spread(a)} | {spread(b)} | {ratio} | {row['goal']} |")
-        print(lines[-1], flush=True)
-    lines += ["", "| | candidates/s, 2 processes | 1 process | ratio | goal |"]
-    lines += ["|---|---|---|---|---|"]
-    for row in table["ranks"]:
-        a, b = [], []
-        for _ in range(arguments.repeats):
-            a.append(candidates(row, 2))
-            b.append(candidates(row, 1))
-        theirs = f"{spread(b)} | {spread(np.divide(a, b), '{:.2f}')}"
-        lines.append(f"| {row['name']} | {spread(a)} | {theirs} | {row['goal']} |")
-        print(lines[-1], flush=True)
-    lines += [
-        "",
-        "| from a cold start | seconds | least return | sb3 | least return | ratio | goal |",
-    ]
-    lines += ["|---|---|---|---|---|---|---|"]
-    for row in table["cold"]:
-        a, b, returns, theirs = [], [], [], []
-        steps = row["peer"].pop("steps")
-        for seed in range(1, arguments.cold_seeds + 1):
-            _, result, seconds = ours(row, 1, f"--seed {seed}")
-            a.append(seconds)
-            returns.append(float(result["eval_return_mean"]))
-            if seed <= arguments.cold_peers:
-                _, mean, seconds = peer(row, 1, steps, 20)
-                b.append(seconds)
-                theirs.append(mean)
-        lines.append(
-            f"| {row['name']} | {spread(a, '{:.1f}')} | {min(returns):.0f} | {spread(b, '{:.0f}')} "
-            f"| {min(theirs):.0f} | {spread(np.divide(b, a[: len(b)]), '{:.1f}')} | {row['goal']} |"
-        )
-        print(lines[-1], returns, theirs, flush=True)
-    if arguments.script is None:
-        write_between(HERE / "README.md", "speed", lines)
+    rows = tomllib.loads((HERE / "speed.toml").read_text(encoding="utf-8"))
+    measured = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else {}
+    for kind, (measure, _) in TABLES.items():
+        for row in rows[kind]:
+            if arguments.only in row["name"] and (ROOT / f"{row['script']}.py").exists():
+                measured[row["name"]] = measure(row, arguments.repeats)
+                print(row["name"], *measured[row["name"]], row["goal"], sep=" | ", flush=True)
+                RESULTS.write_text(json.dumps(measured, indent=1) + "\n", encoding="utf-8")
+    lines = []
+    for kind, (_, columns) in TABLES.items():
+        lines += [f"| | {columns} | goal |", "|---" * (columns.count("|") + 3) + "|"]
+        for row in rows[kind]:
+            if row["name"] in measured:
+                cells = row["name"], *measured[row["name"]], row["goal"]
+                lines.append(f"| {' | '.join(cells)} |")
+        lines.append("")
+    write_between(HERE / "README.md", "speed", lines[:-1])
 
 
 if __name__ == "__main__":

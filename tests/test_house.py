@@ -41,9 +41,9 @@ LINEAGE = {
 
 # Code lines allowed, 240 where nothing is said, of which the plumbing that is the same in every file
 # takes 119. The design wanted 300 for ppo: its two kinds of action, two objectives, two normalisers
-# and torchrun cost 60 more, and 30 buy the threefold speed: acting in numpy, one vector of parameters.
+# and torchrun cost 60 more, and 35 buy the threefold speed: acting in numpy, one vector of parameters.
 MOST = {
-    "ppo": 390,
+    "ppo": 395,
     "cem": 250,
     "cmaes": 325,
     "dqn": 310,

@@ -428,7 +428,7 @@ def test_torchrun(name, tmp_path):
         timeout=300,
     )
     assert run.returncode == 0, run.stderr
-    assert len(run.stdout.splitlines()) == 1 and "eval_return_mean=1.00 " in run.stdout
+    assert re.fullmatch("eval_return_mean=1.00 .*\n", run.stdout), run.stdout + run.stderr
     assert len(list((tmp_path / "run").glob("events*"))) == 1
     assert load(tmp_path / "run")["env_steps"] >= 8_000
     ranks = [torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in (0, 1)]
