@@ -64,7 +64,7 @@ LIMITS = {"candidates": (2, 1e18), "rho": (0, 1), "layers": (0, 2), "init_mean":
 @dataclass
 class Args:
     total_timesteps: int = 100_000  # environment steps of all candidates; generations are not cut
-    candidates: int = 16  # n, candidates in a generation
+    candidates: int = 24  # n, candidates in a generation
     update: Literal["hansen", "document"] = "hansen"  # of the search distribution
     alpha: float = 1.0  # α, step of the mean towards that of the elites
     rho: float = 0.5  # ρ, share of the candidates that are elites; in the document's update

@@ -52,8 +52,8 @@ LIMITS = {"candidates": (2, 1e9), "sigma": (1e-9, 1e9), "layers": (0, 2)}  # not
 @dataclass
 class Args:
     total_timesteps: int = 100_000  # environment steps of all candidates; generations are not cut
-    candidates: int = 32  # n, candidates in a generation, shared out among torchrun's processes
-    sigma: float = 0.1  # σ, deviation of the candidates from the mean in each coordinate
+    candidates: int = 24  # n, candidates in a generation, shared out among torchrun's processes
+    sigma: float = 0.3  # σ, deviation of the candidates from the mean in each coordinate
     learning_rate: float = 0.1  # α, step size
     optimizer: Literal["sgd", "adam"] = "adam"  # what makes a step of a gradient
     shaping: Literal["raw", "standardized", "ranks"] = "ranks"  # of fitness; ranks from -½ to ½
