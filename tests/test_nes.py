@@ -20,7 +20,7 @@ A = torch.tensor([[2.0, 1.0, 0.0], [1.0, -1.0, 0.5], [0.0, 0.5, 3.0]], dtype=F64
 
 
 def options(tmp_path, env_id, steps, **more):
-    defaults = dict(candidates=16, hidden=8, eval_episodes=20, run_dir=str(tmp_path))
+    defaults = dict(candidates=16, sigma=0.1, hidden=8, eval_episodes=20, run_dir=str(tmp_path))
     return nes.Args(env_id=env_id, total_timesteps=steps, **{**defaults, **more})
 
 
