@@ -88,20 +88,20 @@ class Policies:
         self.dim = sum((i + 1) * o for i, o in pairwise(self.sizes))
 
     def unpack(self, theta: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
-        """θ, (n, d), as the weights, (n, inputs, outputs), and biases, (n, outputs), of layers."""
+        """θ, (n, d), as the weights, (n, outputs, inputs), and biases, (n, outputs), of layers."""
         layers, first = [], 0
         for i, o in pairwise(self.sizes):
-            layer = theta[:, first : first + (i + 1) * o].reshape(-1, i + 1, o)
-            layers.append((layer[:, :i], layer[:, i]))
+            layer = theta[:, first : first + (i + 1) * o].reshape(-1, o, i + 1)
+            layers.append((layer[..., :i].copy(), layer[..., i].copy()))  # contiguous
             first += (i + 1) * o
         return layers
 
     def act(self, layers: list, obs: np.ndarray) -> np.ndarray:
         """What each policy does in its row of obs, (n, obs_dim), as environments take it."""
         for weights, bias in layers[:-1]:
-            obs = np.tanh(np.vecmat(obs, weights) + bias)
+            obs = np.tanh(np.matvec(weights, obs) + bias)
         weights, bias = layers[-1]
-        output = np.vecmat(obs, weights) + bias
+        output = np.matvec(weights, obs) + bias
         if self.discrete:
             return output.argmax(-1) + self.space.start
         action = output.reshape(-1, *self.space.shape) * self.scale + self.shift
@@ -147,7 +147,8 @@ def play(envs: gym.vector.VectorEnv, policies: Policies, theta: np.ndarray, seed
     other environments only those whose episode goes on are stepped.
     """
     n, layers = len(theta), policies.unpack(theta)
-    returns, lengths, live = np.zeros(n), np.zeros(n), np.arange(n)
+    returns, lengths = np.zeros((2, n))
+    running, live = np.ones(n, np.bool_), np.arange(n)
     single = getattr(envs.unwrapped, "envs", None)  # those of a SyncVectorEnv
     if single:
         flatten, space = gym.spaces.flatten, envs.unwrapped.single_observation_space
@@ -155,22 +156,24 @@ def play(envs: gym.vector.VectorEnv, policies: Policies, theta: np.ndarray, seed
         obs = np.stack([flatten(space, start) for start in starts]).astype(np.float32)
     else:
         obs, _ = envs.reset(seed=int(seeds[0]))
-    while len(live) and lengths.max() < 100_000:  # there may be no time limit
+    for _ in range(100_000):  # there may be no time limit
         if single:
-            ended = np.zeros(n, np.bool_)
+            reward, ended = np.zeros(n), np.zeros(n, np.bool_)
             for i, action in zip(live, policies.act(layers, obs[live]), strict=True):
-                next_obs, reward, terminated, truncated, _ = single[i].step(action)
+                next_obs, reward[i], terminated, truncated, _ = single[i].step(action)
                 obs[i] = flatten(space, next_obs)
-                returns[i] += reward
                 ended[i] = terminated or truncated
         else:
             obs, reward, terminated, truncated, _ = envs.step(policies.act(layers, obs))
-            returns[live] += reward[live]
             ended = terminated | truncated
-        lengths[live] += 1
-        if ended[live].any():
-            live = live[~ended[live]]
-            layers = policies.unpack(theta[live]) if single else layers
+        returns += reward * running
+        lengths += running
+        running &= ~ended
+        if not running.any():
+            break
+        if single and ended.any():
+            live = np.flatnonzero(running)
+            layers = policies.unpack(theta[live])
     return returns, lengths
 
 

@@ -53,18 +53,19 @@ class Args:
     epsilon: float = 0.05  # ε in the end; it falls linearly from 1
     epsilon_steps: int = 10_000  # steps after burn-in until it is there
     gamma: float = 0.99  # γ, the discount
-    n_step: int = 1  # N, rewards in a target before the value of the state after them
+    n_step: int = 3  # N, rewards in a target before the value of the state after them
     buffer_size: int = 100_000  # transitions kept, the oldest is overwritten
     batch_size: int = 128  # transitions in an update
     utd: float = 0.5  # updates per environment step: 0.25 is one in four steps, 4 four a step
     learning_rate: float = 1e-3  # Adam's step size
-    target_every: int = 0  # K, updates between hard copies to the target network; 0: soft updates
-    tau: float = 0.0  # τ, the document's α, share of θ in a soft update; 0 without K: 0.005
+    anneal_lr: bool = True  # linear decay, to 0 at --total-timesteps, also where --resume raises it
+    target_every: int = 0  # K, updates between hard copies to the target network; 0 without τ: 200
+    tau: float = 0.0  # τ, the document's α, share of θ in a soft update at each; 0: hard copies
     loss: Literal["huber", "squared"] = "huber"  # of the TD error
     delta: float = 1.0  # δ, where the Huber loss turns from quadratic to linear
     max_grad_norm: float = 10.0  # clip of the gradient's global norm
-    hidden: int = 128  # units in the first hidden layer
-    hidden_2: int = 128  # units in the second
+    hidden: int = 64  # units in the first hidden layer
+    hidden_2: int = 64  # units in the second
 
     env_id: str = "CartPole-v1"  # gymnasium id; module:Name-v0 imports module first
     seed: int = 1  # same seed, same machine: same weights, bit for bit
@@ -215,10 +216,7 @@ def train(args: Args) -> np.ndarray:
     check(args)
     if args.tau > 0 and args.target_every > 0:
         stop("--tau and --target-every exclude each other: soft updates or hard copies")
-    if args.target_every > 0:
-        target_every, tau = args.target_every, 1.0  # a hard copy
-    else:
-        target_every, tau = 1, args.tau or 0.005
+    target_every, tau = (1, args.tau) if args.tau > 0 else (args.target_every or 200, 1.0)
     gamma, utd, burn_in, device = args.gamma, args.utd, args.burn_in, args.device
 
     # 1. Initialise.
@@ -245,6 +243,8 @@ def train(args: Args) -> np.ndarray:
     scalars = {}
 
     while run.step < args.total_timesteps and not run.interrupted:
+        remaining = 1 - run.step / args.total_timesteps
+        learning_rate = args.learning_rate * (remaining if args.anneal_lr else 1)
         steps = min(LOG_EVERY, args.total_timesteps - run.step)
         for step in range(run.step, run.step + steps):
             if ended:
@@ -288,7 +288,7 @@ def train(args: Args) -> np.ndarray:
                 gradient = torch.autograd.grad(loss, [*q_net.parameters()])
                 gradient = torch.cat([g.flatten() for g in gradient])
                 gradient *= (args.max_grad_norm / (gradient.norm() + 1e-8)).clamp(max=1)
-                optimizer.step(gradient, args.learning_rate)
+                optimizer.step(gradient, learning_rate)
                 # 7. Target network.
                 if (update + 1) % target_every == 0:
                     target_theta.lerp_(theta, tau)

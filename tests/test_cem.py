@@ -75,10 +75,9 @@ def test_all_act_as_each_alone(env_id, layers):
     for i in range(5):
         x, first = torch.from_numpy(obs[i]), 0
         for layer, (inputs, outputs) in enumerate(zip(policies.sizes[:-1], policies.sizes[1:])):
-            weights = torch.from_numpy(theta[i, first : first + inputs * outputs])
-            first += inputs * outputs
-            bias, first = torch.from_numpy(theta[i, first : first + outputs]), first + outputs
-            x = x @ weights.reshape(inputs, outputs) + bias
+            size = outputs * (inputs + 1)
+            rows = torch.from_numpy(theta[i, first : first + size]).reshape(outputs, inputs + 1)
+            x, first = rows[:, :inputs] @ x + rows[:, inputs], first + size
             x = x if layer == layers else x.tanh()
         alone = x.argmax().item() if policies.discrete else (x.numpy() * 5 + 5).clip(0, 10)
         np.testing.assert_allclose(together[i], alone, atol=1e-4)
@@ -101,10 +100,10 @@ def test_whole_episodes_of_the_native_and_the_listed_environments(mode):
     """A policy that always pushes right falls in 8 to 11 steps, one that balances does not."""
     vector = cem.make_envs("CartPole-v1", 3, vectorization_mode=mode)
     policies = cem.Policies(vector, 1, 0)
-    theta = np.zeros((3, 5, 2), np.float32)
-    theta[0, 4] = [0, 1]  # bias towards 1
-    theta[1, 2:4, 1] = 1, 1  # angle plus angular velocity
-    theta[2, 4] = [1, 0]
+    theta = np.zeros((3, 2, 5), np.float32)  # an action a row, of weights and then the bias
+    theta[0, :, 4] = [0, 1]  # bias towards 1
+    theta[1, 1, 2:4] = 1, 1  # angle plus angular velocity
+    theta[2, :, 4] = [1, 0]
     for seed in range(5):
         seeds = np.full(3, seed)
         returns, lengths = cem.play(vector, policies, theta.reshape(3, -1), seeds)
