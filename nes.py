@@ -24,6 +24,7 @@ Papers: Wierstra et al. 2014, Natural Evolution Strategies; Salimans et al. 2017
 Strategies as a Scalable Alternative to Reinforcement Learning, arXiv 1703.03864.
 """
 
+import atexit
 import math
 import os
 import signal
@@ -322,6 +323,7 @@ def start_processes() -> tuple[int, int]:
     """Rank and number of the processes that torchrun started; (0, 1) without it."""
     if "RANK" in os.environ and not dist.is_initialized():
         dist.init_process_group()
+        atexit.register(dist.destroy_process_group)  # its threads, or they abort the exit
     return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
 
 

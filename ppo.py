@@ -27,6 +27,7 @@ Under torchrun, gradients are averaged over processes, and what is logged is tha
 Paper: Schulman et al. 2017, Proximal Policy Optimization Algorithms, arXiv 1707.06347.
 """
 
+import atexit
 import math
 import os
 import signal
@@ -485,6 +486,7 @@ def start_processes() -> tuple[int, int]:
     """Rank and number of the processes that torchrun started; (0, 1) without it."""
     if "RANK" in os.environ and not dist.is_initialized():
         dist.init_process_group()
+        atexit.register(dist.destroy_process_group)  # its threads, or they abort the exit
     return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
 
 
