@@ -50,7 +50,7 @@ from tqdm import tqdm
 
 SCRIPT = "reinforce"
 ACTION_SPACES = (gym.spaces.Discrete, gym.spaces.Box)
-LIMITS = {"gamma": (0, 1), "value_steps": (0, 1e18)}  # not those that check assumes
+LIMITS = {"gamma": (0, 1)}  # of options that end at 1
 
 
 @dataclass
@@ -383,9 +383,9 @@ def train(args: Args) -> np.ndarray:
         if args.baseline == "state":
             with torch.no_grad():
                 values = critic(torch.from_numpy(np_obs[: T + 1]).to(device)).squeeze(-1).cpu()
+            # obs[lengths] came after the last step; what a time limit cut off is worth its value.
             last, each = lengths - 1, torch.arange(N)
-            following = values[lengths, each] * ~terminated[last, each]  # obs[lengths] is the last
-            rewards[last, each] += gamma * following
+            rewards[last, each] += gamma * ~terminated[last, each] * values[lengths, each]
         returns = returns_to_go(rewards, gamma)
         weights = returns if args.weight == "to-go" else returns[0].expand(T, N)
 
