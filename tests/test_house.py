@@ -48,6 +48,7 @@ MOST = {
     "cmaes": 325,
     "dqn": 310,
     "nes": 310,
+    "reinforce": 370,
     "double_dqn": 310,
     "sac": 300,
     "awr": 300,
