@@ -306,10 +306,11 @@ def time_baseline(weights, valid):
 def reinforce_loss(logp, weights, n):
     """-1/N Σ_i Σ_t log π_θ(a_t|s_t) w_t, whose gradient is minus the estimate of ∇U(θ).
 
-    [REINFORCE (or Monte Carlo Policy Gradient) / Derivation, eq. 9] with w = R(τ), eq. 11 with
-    w = G_t, [Baseline, eq. 2], [Baseline, eq. 3] and [Baseline, eq. 5] with what is subtracted.
-    logp, weights w: (B,), the steps of all N = n trajectories. Returns (), to be minimised, in
-    units of reward; its value says nothing.
+    [REINFORCE (or Monte Carlo Policy Gradient) / Derivation, eq. 9] with R(τ) for w,
+    [REINFORCE (or Monte Carlo Policy Gradient) / Derivation, eq. 11] with G_t, and with a baseline
+    subtracted [Baseline, eq. 2], [Baseline, eq. 3] and [Baseline, eq. 5].
+    logp, weights w: (B,), all steps of the N = n trajectories. Returns (), to be minimised, in
+    units of reward; the value itself means nothing.
     """
     return -(logp * weights).sum() / n
 
