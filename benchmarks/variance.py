@@ -182,7 +182,7 @@ def plot(rows, path):
         label = "R(τ)" if weight == "trajectory" else "G_t"
         left.bar(places, heights, 0.4, label=f"weight {label}")
     left.set_xticks(range(len(chosen)), [row["choice"] for row in chosen])
-    left.set(title="by baseline", ylabel="variance / |g|², one trajectory")
+    left.set(title="by baseline", ylabel="variance / |g|², one trajectory", yscale="log")
     left.legend()
     for critic, style in ("V", "--"), ("V/2", "-"):
         chosen = [row for row in rows if row["setting"] == critic]

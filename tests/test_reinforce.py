@@ -431,45 +431,96 @@ def test_without_a_critic_the_return_is_used_as_it_is(tmp_path, monkeypatch):
     assert all(w.tolist() == pytest.approx(exact, abs=1e-5) for w in seen)
 
 
-def test_whole_trajectories_one_an_environment(tmp_path, monkeypatch):
-    """What is learned from and counted is what each environment does up to its first end."""
-    expected, batches, losses = [], [], reinforce.reinforce_loss
+class Wander(gym.Env):
+    """Random observations; a reward of 1 to 3 by the action; either kind of end, at most 5 steps."""
 
-    class Spy(gym.vector.VectorWrapper):
-        def reset(self, **kwargs):
-            self.live, self.steps = np.ones(self.num_envs, bool), []
-            expected.append(self.steps)
-            return super().reset(**kwargs)
+    observation_space, action_space = gym.spaces.Box(-1, 1, (2,)), gym.spaces.Discrete(3)
 
-        def step(self, action):
-            outcome = super().step(action)
-            self.steps.append(self.live.copy())
-            self.live &= ~(outcome[2] | outcome[3])
-            return outcome
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.t = 0
+        return self.np_random.uniform(-1, 1, 2).astype(np.float32), {}
 
-    make_envs, update = reinforce.make_envs, reinforce.Run.update
-    monkeypatch.setattr(reinforce, "make_envs", lambda *a, **k: Spy(make_envs(*a, **k)))
-    counted = []
+    def step(self, action):
+        self.t += 1
+        obs, terminated = self.np_random.uniform(-1, 1, 2), self.np_random.random() < 0.2
+        return obs.astype(np.float32), 1.0 + action, terminated, self.t == 5, {}
 
-    def spy(run, steps, losses):
+
+class Played(gym.vector.VectorWrapper):
+    """What each environment did up to its first end after each reset: a list for each of them."""
+
+    batches = []
+
+    def reset(self, **kwargs):
+        self.obs, info = super().reset(**kwargs)
+        self.live, self.played = np.ones(self.num_envs, bool), [[] for _ in range(self.num_envs)]
+        self.batches.append(self.played)
+        return self.obs, info
+
+    def step(self, action):
+        assert self.live.any(), "the last one has ended"
+        before, outcome = self.obs.copy(), super().step(action)
+        self.obs = outcome[0].copy()
+        for i in np.flatnonzero(self.live):
+            after = outcome[1][i], self.obs[i], outcome[2][i]
+            self.played[i].append((before[i], action[i], *after))
+        self.live &= ~(outcome[2] | outcome[3])
+        return outcome
+
+
+def test_the_batch_is_one_whole_trajectory_of_each_environment(tmp_path, monkeypatch):
+    """log pi, weights, regression targets, episodes and steps against a list of what was played;
+    no learning, so that the networks of the checkpoint are those that acted.
+    """
+    gym.register("Wander-v0", Wander, disable_env_checker=True)
+    make_envs, loss, update = reinforce.make_envs, reinforce.reinforce_loss, reinforce.Run.update
+    spied, counted = [], []
+
+    def loss_spy(logp, w, n):
+        spied.append((logp.detach(), w, n))
+        return loss(logp, w, n)
+
+    def update_spy(run, steps, scalars):
         counted.append((steps, list(run.episodes)[-7:]))
-        update(run, steps, losses)
+        update(run, steps, scalars)
 
-    monkeypatch.setattr(reinforce.Run, "update", spy)
-    record = lambda logp, w, n: batches.append((len(logp), len(w), n)) or losses(logp, w, n)  # noqa: E731
-    monkeypatch.setattr(reinforce, "reinforce_loss", record)
-    trained(tmp_path, "Both-v0", 200, num_envs=7, eval_episodes=7)
-    assert len(counted) > 5 and len({steps for steps, _ in counted}) > 2
-    for live, (steps, episodes), batch in zip(expected, counted, batches, strict=False):
-        lengths = np.sum(live, 0)
-        assert live[-1].any(), "until the last one has ended, and no longer"
-        assert steps == lengths.sum() and batch == (steps, steps, 7)
-        assert episodes == [(n, n) for n in lengths]  # the reward of every step is 1
-    assert load_steps(tmp_path) == sum(steps for steps, _ in counted)
+    monkeypatch.setattr(Played, "batches", [])
+    monkeypatch.setattr(reinforce, "reinforce_loss", loss_spy)
+    monkeypatch.setattr(reinforce.Run, "update", update_spy)
+    monkeypatch.setattr(reinforce, "make_envs", lambda *a, **k: Played(make_envs(*a, **k)))
+    frozen = dict(learning_rate=0.0, value_learning_rate=0.0, eval_episodes=1)
+    _, V = trained(tmp_path, "Wander-v0", 300, num_envs=7, max_steps=4, **frozen)
+    checkpoint = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
+    policy = reinforce.SoftmaxPolicy(None, 2, gym.spaces.Discrete(3), COMMON["hidden"])
+    policy.load_state_dict(checkpoint["policy"])
+    assert len(counted) > 5 and checkpoint["env_steps"] == sum(steps for steps, _ in counted)
+    lengths_seen = set()
+    for played, (logp, w, n), (steps, episodes) in zip(Played.batches, spied, counted):
+        assert n == 7 and episodes == [(sum(x[2] for x in one), len(one)) for one in played]
+        rows = {}
+        for i, one in enumerate(played):
+            lengths_seen.add(len(one))
+            assert one[-1][4] or len(one) == 4, "until it ended or was cut"
+            following = 0 if one[-1][4] else V(one[-1][3].tolist())
+            for t in range(len(one) - 1, -1, -1):
+                obs, action, reward, _, _ = one[t]
+                following = reward + 0.9 * following
+                with torch.no_grad():
+                    exact = policy(torch.from_numpy(obs)).log_softmax(-1)[action].item()
+                rows[t, i] = exact, following - V(obs.tolist())
+        exact = np.array([rows[key] for key in sorted(rows)])
+        assert steps == len(exact)
+        np.testing.assert_allclose(logp, exact[:, 0], atol=1e-5)
+        np.testing.assert_allclose(w, exact[:, 1], atol=1e-5)
+    assert lengths_seen == {1, 2, 3, 4}
 
 
-def load_steps(tmp_path):
-    return torch.load(tmp_path / "checkpoint.pt", weights_only=True)["env_steps"]
+def test_observations_are_normalised_by_their_statistics(tmp_path):
+    checkpoint = weights(tmp_path, "TwoStep-v0", norm_obs=True)
+    assert checkpoint["policy"]["norm.count"] == checkpoint["env_steps"]
+    close(checkpoint["policy"]["norm.mean"][0], torch.tensor(0.5))  # half of them are of t = 0
+    assert torch.equal(checkpoint["policy"]["norm.var"], checkpoint["critic"]["norm.var"])
 
 
 def test_options_reach_the_update(tmp_path):
