@@ -432,7 +432,7 @@ def test_without_a_critic_the_return_is_used_as_it_is(tmp_path, monkeypatch):
 
 
 class Wander(gym.Env):
-    """Random observations; a reward of 1 to 3 by the action; either kind of end, at most 5 steps."""
+    """Random observations, a reward of 1 to 3 by the action, both kinds of end, 5 steps at most."""
 
     observation_space, action_space = gym.spaces.Box(-1, 1, (2,)), gym.spaces.Discrete(3)
 
@@ -445,6 +445,9 @@ class Wander(gym.Env):
         self.t += 1
         obs, terminated = self.np_random.uniform(-1, 1, 2), self.np_random.random() < 0.2
         return obs.astype(np.float32), 1.0 + action, terminated, self.t == 5, {}
+
+
+gym.register("Wander-v0", Wander, disable_env_checker=True)
 
 
 class Played(gym.vector.VectorWrapper):
@@ -469,11 +472,11 @@ class Played(gym.vector.VectorWrapper):
         return outcome
 
 
-def test_the_batch_is_one_whole_trajectory_of_each_environment(tmp_path, monkeypatch):
+@pytest.mark.parametrize("longest", [4, 5])
+def test_the_batch_is_one_whole_trajectory_of_each(tmp_path, monkeypatch, longest):
     """log pi, weights, regression targets, episodes and steps against a list of what was played;
     no learning, so that the networks of the checkpoint are those that acted.
     """
-    gym.register("Wander-v0", Wander, disable_env_checker=True)
     make_envs, loss, update = reinforce.make_envs, reinforce.reinforce_loss, reinforce.Run.update
     spied, counted = [], []
 
@@ -490,7 +493,7 @@ def test_the_batch_is_one_whole_trajectory_of_each_environment(tmp_path, monkeyp
     monkeypatch.setattr(reinforce.Run, "update", update_spy)
     monkeypatch.setattr(reinforce, "make_envs", lambda *a, **k: Played(make_envs(*a, **k)))
     frozen = dict(learning_rate=0.0, value_learning_rate=0.0, eval_episodes=1)
-    _, V = trained(tmp_path, "Wander-v0", 300, num_envs=7, max_steps=4, **frozen)
+    _, V = trained(tmp_path, "Wander-v0", 300, num_envs=7, max_steps=longest, **frozen)
     checkpoint = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
     policy = reinforce.SoftmaxPolicy(None, 2, gym.spaces.Discrete(3), COMMON["hidden"])
     policy.load_state_dict(checkpoint["policy"])
@@ -501,19 +504,19 @@ def test_the_batch_is_one_whole_trajectory_of_each_environment(tmp_path, monkeyp
         rows = {}
         for i, one in enumerate(played):
             lengths_seen.add(len(one))
-            assert one[-1][4] or len(one) == 4, "until it ended or was cut"
-            following = 0 if one[-1][4] else V(one[-1][3].tolist())
+            assert one[-1][4] or len(one) == longest, "until it ended or was cut"
+            following = 0 if one[-1][4] else V(one[-1][3].tolist())[0]
             for t in range(len(one) - 1, -1, -1):
                 obs, action, reward, _, _ = one[t]
                 following = reward + 0.9 * following
                 with torch.no_grad():
                     exact = policy(torch.from_numpy(obs)).log_softmax(-1)[action].item()
-                rows[t, i] = exact, following - V(obs.tolist())
+                rows[t, i] = exact, following - V(obs.tolist())[0]
         exact = np.array([rows[key] for key in sorted(rows)])
         assert steps == len(exact)
         np.testing.assert_allclose(logp, exact[:, 0], atol=1e-5)
         np.testing.assert_allclose(w, exact[:, 1], atol=1e-5)
-    assert lengths_seen == {1, 2, 3, 4}
+    assert lengths_seen == {*range(1, longest + 1)}
 
 
 def test_observations_are_normalised_by_their_statistics(tmp_path):
