@@ -48,6 +48,7 @@ MOST = {
     "cmaes": 330,
     "dqn": 310,
     "nes": 315,
+    "reinforce": 372,
     "double_dqn": 310,
     "sac": 300,
     "awr": 300,

@@ -24,6 +24,7 @@ SHORT = {
     "cem": dict(candidates=4, hidden=8),
     "cmaes": dict(candidates=4, layers=1, hidden=8),
     "nes": dict(candidates=4, hidden=8),
+    "reinforce": dict(num_envs=4, hidden=16, value_steps=2, value_batch=16),
     "dqn": dict(burn_in=50, batch_size=16, hidden=16, hidden_2=16, utd=0.1),
     "double_dqn": dict(burn_in=50, batch_size=16, hidden=16, hidden_2=16, utd=0.1),
 }
@@ -397,6 +398,7 @@ def test_a_failure_while_writing_keeps_the_last_checkpoint(name, tmp_path, monke
 TOGETHER = {
     "ppo": "--num-envs 16 --num-steps 64 --hidden 32 --learning-rate 5e-3 --norm-obs "
     "--norm-rewards --target-kl 0.05",
+    "reinforce": "--num-envs 32 --hidden 32 --norm-obs --standardize",
 }
 TWO = """
 import os, sys, torch, tyro, {name} as script
