@@ -42,6 +42,7 @@ LINEAGE = {
 # Code lines allowed, 240 where nothing is said, of which the plumbing that is the same in every file
 # takes 119. The design wanted 300 for ppo: its two kinds of action, two objectives, two normalisers
 # and torchrun cost 60 more, and 35 buy the threefold speed: acting in numpy, one vector of parameters.
+# awr has ppo's policies and normaliser, without torchrun, and its own buffer and second optimiser.
 MOST = {
     "ppo": 395,
     "cem": 255,
@@ -51,7 +52,7 @@ MOST = {
     "reinforce": 372,
     "double_dqn": 310,
     "sac": 300,
-    "awr": 300,
+    "awr": 430,
 }
 
 

@@ -27,6 +27,7 @@ SHORT = {
     "reinforce": dict(num_envs=4, hidden=16, value_steps=2, value_batch=16),
     "dqn": dict(burn_in=50, batch_size=16, hidden=16, hidden_2=16, utd=0.1),
     "double_dqn": dict(burn_in=50, batch_size=16, hidden=16, hidden_2=16, utd=0.1),
+    "awr": dict(num_envs=4, num_steps=32, buffer_size=512, critic_steps=4, actor_steps=8, hidden=16),
 }
 
 every_script = pytest.mark.parametrize("name", SCRIPTS)
