@@ -1,10 +1,10 @@
-"""Deep Deterministic Policy Gradient: an actor that climbs a critic learned from replay.
+r"""Deep Deterministic Policy Gradient: an actor that climbs a critic learned from replay.
 
 Derivations: "Option 2: Off-Policy Actor-Critic with a Learned Q-Function",
-"Why do we maximize $Q^\\pi$ and not $A^\\pi$?",
+"Why do we maximize $Q^\pi$ and not $A^\pi$?",
 "DDPG and TD3: Off-Policy Actor-Critic for Continuous Actions",
 "The Deterministic Policy Gradient: How Backprop Works Through the Critic",
-"DDPG and TD3: The Full Algorithm", "Is there a separate policy $\\mu$?",
+"DDPG and TD3: The Full Algorithm", "Is there a separate policy $\mu$?",
 "Summary: DDPG vs TD3 vs SAC".
 
     1.  Initialise the actor π_θ and the critic Q_φ, targets equal to them and an empty buffer D.
@@ -205,9 +205,9 @@ class ReplayBuffer:
 
 
 def explore(action, noise, sigma):
-    """a = clip(π_θ(s) + σ ε, -1, 1)   [DDPG and TD3: The Full Algorithm, eq. 3]
+    r"""a = clip(π_θ(s) + σ ε, -1, 1)   [DDPG and TD3: The Full Algorithm, eq. 3]
 
-    The behaviour policy of [Is there a separate policy $\\mu$?, eq. 1].
+    The behaviour policy of [Is there a separate policy $\mu$?, eq. 1].
     action π_θ(s), noise ε ~ N(0, 1): (..., action_dim). Returns the same, 1 being half the range.
     """
     return (action + sigma * noise).clip(-1, 1)

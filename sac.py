@@ -250,8 +250,8 @@ def critic_loss(q, td_target):
 def soft_actor_loss(q, logp, alpha):
     """L = -E[min_i Q_i(s, a) - α log π_θ(a|s)]   [SAC's Policy Update, eq. 1]
 
-    q Q_i(s, a): (2, B) and logp log π_θ(a|s): (B,) of actions a ~ π_θ(·|s); alpha α: (). Returns (),
-    to be minimised, in units of reward.
+    Of actions a ~ π_θ(·|s): q Q_i(s, a): (2, B); logp log π_θ(a|s): (B,). alpha α: (). Returns (), to
+    be minimised, in units of reward.
     """
     return (alpha * logp - q.amin(0)).mean()
 

@@ -206,9 +206,9 @@ class ReplayBuffer:
 
 
 def explore(action, noise, sigma):
-    """a = clip(π_θ(s) + σ ε, -1, 1)   [DDPG and TD3: The Full Algorithm, eq. 3]
+    r"""a = clip(π_θ(s) + σ ε, -1, 1)   [DDPG and TD3: The Full Algorithm, eq. 3]
 
-    The behaviour policy of [Is there a separate policy $\\mu$?, eq. 1].
+    The behaviour policy of [Is there a separate policy $\mu$?, eq. 1].
     action π_θ(s), noise ε ~ N(0, 1): (..., action_dim). Returns the same, 1 being half the range.
     """
     return (action + sigma * noise).clip(-1, 1)
