@@ -231,8 +231,8 @@ def sac_target(reward, bootstrap, q_next, logp_next, alpha):
     [Practical Design Choices in SAC, eq. 1]
 
     [The SAC Q-Function, eq. 1] with the lower of two critics. reward r, bootstrap f, logp_next
-    log π(a'|s'): (B,); q_next Q_i,target(s', a'): (2, B); alpha α: (). Returns (B,), in units
-    of reward.
+    log π(a'|s'): (B,); q_next Q_i,target(s', a'): (2, B); alpha α: (1,). Returns (B,), in
+    units of reward.
     """
     return reward + bootstrap * (q_next.amin(0) - alpha * logp_next)
 
@@ -250,8 +250,8 @@ def critic_loss(q, td_target):
 def soft_actor_loss(q, logp, alpha):
     """L = -E[min_i Q_i(s, a) - α log π_θ(a|s)]   [SAC's Policy Update, eq. 1]
 
-    Of actions a ~ π_θ(·|s): q Q_i(s, a): (2, B); logp log π_θ(a|s): (B,). alpha α: (). Returns (), to
-    be minimised, in units of reward.
+    Of actions a ~ π_θ(·|s): q Q_i(s, a): (2, B); logp log π_θ(a|s): (B,). alpha α: (1,). Returns
+    (), to be minimised, in units of reward.
     """
     return (alpha * logp - q.amin(0)).mean()
 
