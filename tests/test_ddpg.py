@@ -161,7 +161,7 @@ class Products(TorchDispatchMode):
 
 @every
 def test_no_product_is_computed_in_vain(script):
-    """Above all none for the critic's weights in the actor's step, nor for the second critic of td3.
+    """Above all none for the critic's weights in the actor's step, or for td3's second critic there.
 
     The critics' last layer, of one output, is no matrix product.
     """
