@@ -116,5 +116,24 @@ class Spaces(Tiny):
         return 0, False, self.t == 7
 
 
-for env in (Constant, TwoStep, Observed, Matched, MatchedBox, Truncates, Terminates, Both, Spaces):
+class TruncatesBox(Truncates):
+    """The same where any action of a Box will do."""
+
+    action_space = spaces.Box(-1, 1, (1,), np.float32)
+
+
+class TerminatesBox(Terminates):
+    """The same where any action of a Box will do."""
+
+    action_space = spaces.Box(-1, 1, (1,), np.float32)
+
+
+class BothBox(Both):
+    """The same where any action of a Box will do."""
+
+    action_space = spaces.Box(-1, 1, (1,), np.float32)
+
+
+DISCRETE = Constant, TwoStep, Observed, Matched, Truncates, Terminates, Both
+for env in (*DISCRETE, MatchedBox, TruncatesBox, TerminatesBox, BothBox, Spaces):
     gym.register(f"{env.__name__}-v0", env, disable_env_checker=True, order_enforce=False)
