@@ -38,6 +38,11 @@ def test_a_singular_covariance_has_a_root():
     torch.testing.assert_close(root @ root, line, atol=1e-6, rtol=0)
 
 
+def test_eigenvalues_are_raised_to_a_share_of_the_largest():
+    root = cmaes.square_root(torch.diag(double(4e6, -1e-3)))
+    torch.testing.assert_close(root, torch.diag(double(2e3, 2e-4)))
+
+
 def test_samples_follow_the_distribution():
     """theta ~ N(mu, Sigma); with Sigma = sigma^2 I it is what the cross-entropy method samples."""
     mu, sigma = double(1, -2, 0), 2.0

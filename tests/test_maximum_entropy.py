@@ -32,9 +32,9 @@ def best_values(mdp, soft_max, sweeps=1000):
 def test_n_steps_of_rewards_before_the_value(task):
     """E[r_0 + ... + γ^{N-1} r_{N-1} + γ^N max Q*(s_N)] = Q* along the best actions.
 
-    s is the first state. [Challenge 2: Reducing Error Compounding with N-Step Returns, eq. 2] leaves the last reward to
-    the dots, and its s_{N+1} counts from s = s_1. Along actions of another policy it is too low,
-    which in a replay buffer they are.
+    s is the first state. [Challenge 2: Reducing Error Compounding with N-Step Returns, eq. 2]
+    leaves the last reward to the dots, and its s_{N+1} counts from s = s_1. Along actions of
+    another policy, as a replay buffer has them, it is too low.
     """
     mdp, mu = task
     value, q = best_values(mdp, lambda q: q.max(-1).values)

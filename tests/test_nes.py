@@ -155,6 +155,7 @@ def test_standardised_and_raw_fitness():
     shaped = nes.shape_fitness(fitness, "standardized")
     assert shaped.mean().item() == pytest.approx(0, abs=1e-9)
     assert shaped.std(correction=0).item() == pytest.approx(1)
+    assert torch.equal(shaped.argsort(), fitness.argsort()), "more is better"
     torch.testing.assert_close(nes.shape_fitness(3 * fitness - 5, "standardized"), shaped)
     assert nes.shape_fitness(torch.full((6,), 500.0), "standardized").tolist() == [0] * 6
     assert nes.shape_fitness(fitness, "raw") is fitness

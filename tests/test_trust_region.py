@@ -326,7 +326,7 @@ def test_the_best_policy_has_the_largest_sum_of_advantages(pair):
 
 
 def test_one_greedy_step_improves_but_is_not_the_end():
-    """argmax A^μ, [The Value-Based Approach, eq. 1], is better than μ; repeated it ends at the best.
+    """argmax A^μ, [The Value-Based Approach, eq. 1], is better than μ; repeated, best of all.
 
     "The optimal policy by taking the argmax" would be true of A* only.
     """
