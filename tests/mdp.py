@@ -150,6 +150,13 @@ def estimator(mdp, theta, weight, steps=STEPS):
     return expectation(law, total)
 
 
+def variance(mdp, theta, weight, steps=STEPS):
+    """Of the same sum, E|g|² - |E g|², by which baselines differ."""
+    law, score = mdp.law(theta.softmax(-1), steps), scores(theta)
+    total = sum(place(score, t, steps) * weight(t)[..., None] for t in range(steps))
+    return (expectation(law, total**2) - expectation(law, total) ** 2).sum().item()
+
+
 def within_noise(samples, exact, most=5):
     """The mean of samples, (n, ...), is exact but for five of its standard errors."""
     error = (samples.mean(0) - exact).abs()

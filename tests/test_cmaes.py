@@ -182,6 +182,11 @@ def test_strategy_parameters_of_ten():
     assert c_c == pytest.approx(4.31673 / 14.63346, rel=1e-4)
 
 
+def test_many_candidates_damp_the_step_size():
+    _, mu_eff, c_sigma, d_sigma, *_ = cmaes.strategy_parameters(200, 3)
+    assert d_sigma == pytest.approx(1 + 2 * (((mu_eff - 1) / 4) ** 0.5 - 1) + c_sigma)
+
+
 @pytest.mark.parametrize("n", [2, 3, 4, 10, 65, 1000])
 @pytest.mark.parametrize("d", [1, 2, 10, 300])
 def test_strategy_parameters_of_any_size(n, d):
