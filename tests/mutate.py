@@ -1,4 +1,4 @@
-"""Would a test fail if an equation were wrong? `python tests/mutate.py [script ...]`
+"""Would a test fail if an equation were wrong? `python tests/mutate.py [script[:function] ...]`
 
 Of every function of the section Equations it makes mutants, one small error each: a sign flipped, a
 factor or a term dropped, min for max, a comparison changed. Each is put into the loaded script of a
@@ -6,7 +6,7 @@ forked process, where the tests that call the function are run up to the first t
 stay as they are. Those that no test notices are listed, and make the exit status 1.
 
     python tests/mutate.py                       every script
-    python tests/mutate.py ppo dqn               these
+    python tests/mutate.py ppo dqn:huber_loss    these
     python tests/mutate.py test_trust_region     what the tests of a file state, mutated likewise
     python tests/mutate.py ppo --verbose         which test noticed which error
 
@@ -197,13 +197,15 @@ def run(tests, install, timeout):
 
 def targets(name):
     """Of a script or a file of tests: functions, their trees, their modules, the tests to run."""
+    name, _, only = name.partition(":")
     if name in TESTS:
         loaded = module(name)
         for node in ast.parse(TESTS[name]).body:
-            if isinstance(node, ast.FunctionDef) and node.name.startswith("test_"):
+            wanted = isinstance(node, ast.FunctionDef) and node.name.startswith("test_")
+            if wanted and only in ("", node.name):
                 yield node.name, node, [loaded], [f"tests/{name}.py::{node.name}"]
         return
-    for function in equation_functions(name):
+    for function in [only] if only else equation_functions(name):
         text = inspect.getsource(getattr(module(name), function))
         same = [x for x in SCRIPTS if text in SOURCES[x]]
         node, modules = ast.parse(text).body[0], [module(x) for x in same]
@@ -222,7 +224,7 @@ def main():
     parser.add_argument("names", nargs="*", default=SCRIPTS, help="scripts, or files of tests")
     parser.add_argument("--verbose", action="store_true", help="which test noticed which error")
     options = parser.parse_args()
-    unknown = set(options.names) - set(SCRIPTS) - set(TESTS)
+    unknown = {name.partition(":")[0] for name in options.names} - set(SCRIPTS) - set(TESTS)
     if unknown:
         parser.error(f"no script and no file of tests: {', '.join(sorted(unknown))}")
     os.chdir(ROOT)
@@ -235,11 +237,11 @@ def main():
                 continue  # the same text as in a script before
             if not tests:
                 survivors += 1
-                print(f"{name}:{function}  no test calls it")
+                print(f"{name.partition(':')[0]}:{function}  no test calls it")
                 continue
             failed, seconds = run(tests, lambda: None, 600)
             if failed:
-                raise SystemExit(f"{name}:{function}: {failed} fails without any error put in")
+                raise SystemExit(f"{function}: {failed} fails without any error put in")
             noticed, missed, timeout = 0, [], 20 + 5 * sum(seconds.values())
             tests.sort(key=seconds.get)  # most errors meet a fast test
             for error, wrong in mutants(node):
@@ -253,7 +255,10 @@ def main():
                 if options.verbose:
                     print(f"    {error}\n        {by or 'NOT NOTICED'}", flush=True)
             total, survivors = total + noticed + len(missed), survivors + len(missed)
-            print(f"{name}:{function}  {noticed} of {noticed + len(missed)} noticed", flush=True)
+            print(
+                f"{name.partition(':')[0]}:{function}  {noticed} of {noticed + len(missed)} noticed",
+                flush=True,
+            )
             for error in missed:
                 print(f"    not noticed: {error}", flush=True)
     print(f"{total} errors put in, {survivors} not noticed")
