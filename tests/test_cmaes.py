@@ -273,6 +273,14 @@ def test_hansens_update_written_out(n):
     assert {0.0, 1.0} == set(seen)
 
 
+@pytest.mark.parametrize("generation", [1, 2, 50])
+def test_h_sigma_is_0_beyond_its_border(generation):
+    border = (1.4 + 2 / 5) * math.sqrt(1 - 0.7 ** (2 * generation))
+    count = torch.tensor(float(generation))
+    for factor, h in ((0.999, 1), (1.001, 0)):
+        assert cmaes.h_sigma(torch.tensor(factor * border), count, 0.3, 4) == h
+
+
 def test_random_ranks_leave_p_sigma_normal():
     """p_sigma ~ N(0, I) but for its beginning at 0, so that sigma stays where it is on average."""
     d, n, many = 5, 12, 10_000
