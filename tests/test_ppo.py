@@ -163,6 +163,11 @@ def test_clip_objective_of_a_batch_is_a_mean():
     assert ours.item() == pytest.approx((0.5 * 2 + 1.5 * -2 + 1.2) / 3)
 
 
+def test_value_loss_is_the_mean_squared_error():
+    loss = ppo.value_loss(torch.tensor([1.0, 2.0]), torch.tensor([4.0, 1.0]))
+    assert loss.item() == pytest.approx((3**2 + 1) / 2)
+
+
 # Advantages
 
 
