@@ -32,6 +32,11 @@ def test_elites_are_the_floor_of_rho_n_best(rho, k):
     assert elites[:, 0].tolist() == [90 - 10 * i for i in range(k)]
 
 
+def test_rounding_does_not_cost_an_elite():
+    """0.29 times 100 is 28.999999999999996 to the machine."""
+    assert len(cem.select(torch.zeros(100, 1), torch.zeros(100), 0.29)) == 29
+
+
 def test_update_is_the_mean_and_the_variance_around_it():
     elites = torch.randn(7, 3, dtype=torch.float64)
     mu, var = cem.cem_update(elites, 0.5)

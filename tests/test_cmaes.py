@@ -43,6 +43,11 @@ def test_a_singular_covariance_has_a_root():
     torch.testing.assert_close(root @ root, line, atol=1e-6, rtol=0)
 
 
+def test_eigenvalues_are_raised_to_a_share_of_the_largest():
+    root = cmaes.square_root(torch.diag(double(4e6, -1e-3)))
+    torch.testing.assert_close(root, torch.diag(double(2e3, 2e-4)))
+
+
 def test_samples_follow_the_distribution():
     """theta ~ N(mu, Sigma); with Sigma = sigma^2 I it is what the cross-entropy method samples."""
     mu, sigma = double(1, -2, 0), 2.0
@@ -107,6 +112,11 @@ def test_strategy_parameters_of_ten():
     assert (c_1, c_mu) == pytest.approx((0.015283824524751714, 0.02355177665041747))
     assert (c_sigma, d_sigma) == pytest.approx((5.1673 / 18.1673, 1 + 5.1673 / 18.1673), rel=1e-4)
     assert c_c == pytest.approx(4.31673 / 14.63346, rel=1e-4)
+
+
+def test_many_candidates_damp_the_step_size():
+    _, mu_eff, c_sigma, d_sigma, *_ = cmaes.strategy_parameters(200, 3)
+    assert d_sigma == pytest.approx(1 + 2 * (((mu_eff - 1) / 4) ** 0.5 - 1) + c_sigma)
 
 
 @pytest.mark.parametrize("n", [2, 3, 4, 10, 65, 1000])
@@ -193,6 +203,14 @@ def test_hansens_update_written_out(n):
             np.testing.assert_allclose(ours, theirs, rtol=1e-6, atol=1e-6)
         assert sigma.item() == pytest.approx(tutorial.sigma)
     assert {0.0, 1.0} == set(seen)
+
+
+@pytest.mark.parametrize("generation", [1, 2, 50])
+def test_h_sigma_is_0_beyond_its_border(generation):
+    border = (1.4 + 2 / 5) * math.sqrt(1 - 0.7 ** (2 * generation))
+    count = torch.tensor(float(generation))
+    for factor, h in ((0.999, 1), (1.001, 0)):
+        assert cmaes.h_sigma(torch.tensor(factor * border), count, 0.3, 4) == h
 
 
 def test_random_ranks_leave_p_sigma_normal():

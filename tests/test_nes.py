@@ -137,6 +137,21 @@ def test_pairs_remove_the_noise_of_even_terms():
     )
 
 
+def test_the_update_is_the_plain_gradient_not_the_natural_one():
+    """The Fisher matrix of N(μ, σ²I) in μ is I/σ², so the natural gradient is σ² times eq. 10.
+
+    And a constant added to raw fitness moves the estimate, by c times the mean noise over σ.
+    """
+    epsilon, fitness = normal(200_000, 3), normal(200_000, 1, seed=1).squeeze()
+    score = (nes.sample_around(MU, SIGMA, epsilon) - MU) / SIGMA**2
+    fisher = score.T @ score / len(score)
+    torch.testing.assert_close(fisher * SIGMA**2, torch.eye(3, dtype=F64), atol=0.02, rtol=0)
+    few, F = epsilon[:10], fitness[:10]
+    moved = nes.nes_gradient(F + 7, few, SIGMA) - nes.nes_gradient(F, few, SIGMA)
+    torch.testing.assert_close(moved, 7 * few.mean(0) / SIGMA)
+    assert moved.norm() > 1
+
+
 # Fitness shaping
 
 
@@ -155,6 +170,7 @@ def test_standardised_and_raw_fitness():
     shaped = nes.shape_fitness(fitness, "standardized")
     assert shaped.mean().item() == pytest.approx(0, abs=1e-9)
     assert shaped.std(correction=0).item() == pytest.approx(1)
+    assert torch.equal(shaped.argsort(), fitness.argsort()), "more is better"
     torch.testing.assert_close(nes.shape_fitness(3 * fitness - 5, "standardized"), shaped)
     assert nes.shape_fitness(torch.full((6,), 500.0), "standardized").tolist() == [0] * 6
     assert nes.shape_fitness(fitness, "raw") is fitness

@@ -157,6 +157,17 @@ def test_four_cases_of_the_clip(ratio, advantage, value, slope):
     assert torch.autograd.grad(ours, ratio)[0].item() == pytest.approx(slope)
 
 
+def test_clip_objective_of_a_batch_is_a_mean():
+    ratio, advantage = torch.tensor([0.5, 1.5, 1.2]), torch.tensor([2.0, -2.0, 1.0])
+    ours = ppo.clipped_surrogate(ratio, advantage, clip_low=0.1, clip_high=0.3)
+    assert ours.item() == pytest.approx((0.5 * 2 + 1.5 * -2 + 1.2) / 3)
+
+
+def test_value_loss_is_the_mean_squared_error():
+    loss = ppo.value_loss(torch.tensor([1.0, 2.0]), torch.tensor([4.0, 1.0]))
+    assert loss.item() == pytest.approx((3**2 + 1) / 2)
+
+
 # Advantages
 
 
