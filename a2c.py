@@ -246,8 +246,9 @@ def k_step_advantages(rewards, values, terminated, truncated, gamma, k):
     r"""A_t = G_t - V(s_t),   G_t = r_t + γ r_{t+1} + ... + γⁿ⁻¹ r_{t+n-1} + γⁿ V(s_{t+n})
 
     n = k, or what is left of the episode or rollout; after termination without V. k = 1 is
-    [Advantage Actor-Critic (A2C), eq. 1], and k = ∞ on whole episodes
-    [How do we learn the state-dependent baseline $V^\pi(s)$?, eq. 8], its eq. 9 being k = 1 again.
+    [Advantage Actor-Critic (A2C), eq. 1] and
+    [How do we learn the state-dependent baseline $V^\pi(s)$?, eq. 9]; k = ∞ on whole episodes
+    [How do we learn the state-dependent baseline $V^\pi(s)$?, eq. 8].
     Computed from G = V, k times: G_t = r_t + γ (1 - terminated_t) (V(s_{t+1}) if truncated_t else
     G_{t+1}). rewards, terminated, truncated: (T, ...); values, V of s_0 to s_T: (T+1, ...). Returns
     (T, ...), in units of reward: those of reset steps are meaningless, and no other reads them.

@@ -70,8 +70,8 @@ def test_termination_ends_the_value(tmp_path):
 
 
 def test_both_ends(tmp_path):
-    _, value, _ = trained(tmp_path, "Both-v0", 8_000)
-    assert value([0, 0]) == pytest.approx([1 / (1 - 0.8 * 0.9)], abs=0.5)
+    _, value, _ = trained(tmp_path, "Both-v0", 12_000)
+    assert value([0, 0]) == pytest.approx([1 / (1 - 0.8 * 0.9)], abs=0.4)
 
 
 # Rollouts
@@ -282,5 +282,6 @@ def test_one_worker_takes_the_step_of_a2c(tmp_path, monkeypatch):
         )
         own = dict(num_envs=1, num_steps=4) if script is a2c else dict(workers=1)
         args = dict(env_id="Truncates-v0", total_timesteps=4, run_dir=str(tmp_path), k_step=4)
+        args["max_grad_norm"] = 1.0
         script.train(script.Args(**args, **own, eval_episodes=1))
     torch.testing.assert_close(gradients[a2c][0], gradients[a3c][0])

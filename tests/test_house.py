@@ -34,7 +34,7 @@ LINEAGE = {
     "double_dqn": ("dqn", {"double_dqn_target", "dqn_target", "train"}, 10),
     "td3": ("ddpg", {"Args", "train"}, None),
     "sac": ("td3", {"Args", "train"}, None),
-    "a3c": ("a2c", {"Args", "train"}, None),
+    "a3c": ("a2c", {"Args", "train", "running_sums", "start_processes", "all_mean"}, None),
     "cmaes": ("cem", CMAES, None),
 }
 
@@ -48,6 +48,8 @@ MOST = {
     "cmaes": 325,
     "dqn": 310,
     "nes": 310,
+    "a2c": 330,
+    "a3c": 360,
     "double_dqn": 310,
     "sac": 300,
     "awr": 300,

@@ -25,6 +25,8 @@ SHORT = {
     "cmaes": dict(candidates=4, layers=1, hidden=8),
     "nes": dict(candidates=4, hidden=8),
     "dqn": dict(burn_in=50, batch_size=16, hidden=16, hidden_2=16, utd=0.1),
+    "a2c": dict(num_envs=4, num_steps=5, hidden=16),
+    "a3c": dict(workers=1, hidden=16),
     "double_dqn": dict(burn_in=50, batch_size=16, hidden=16, hidden_2=16, utd=0.1),
 }
 
@@ -397,6 +399,7 @@ def test_a_failure_while_writing_keeps_the_last_checkpoint(name, tmp_path, monke
 TOGETHER = {
     "ppo": "--num-envs 16 --num-steps 64 --hidden 32 --learning-rate 5e-3 --norm-obs "
     "--norm-rewards --target-kl 0.05",
+    "a2c": "--num-envs 16 --num-steps 8 --hidden 32 --learning-rate 5e-3",
 }
 TWO = """
 import os, sys, torch, tyro, {name} as script
