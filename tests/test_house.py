@@ -41,7 +41,7 @@ LINEAGE = {
     "double_dqn": ("dqn", {"double_dqn_target", "dqn_target", "train"}, 10),
     "td3": ("ddpg", TD3, None),
     "sac": ("td3", SAC, None),
-    "a3c": ("a2c", {"Args", "train"}, None),
+    "a3c": ("a2c", {"Args", "train", "running_sums", "start_processes", "all_mean"}, None),
     "cmaes": ("cem", CMAES, None),
 }
 
@@ -58,6 +58,8 @@ MOST = {
     "dqn": 310,
     "nes": 315,
     "reinforce": 372,
+    "a2c": 335,
+    "a3c": 360,
     "double_dqn": 310,
     "awr": 430,
     "ddpg": 330,

@@ -26,6 +26,8 @@ SHORT = {
     "nes": dict(candidates=4, hidden=8),
     "reinforce": dict(num_envs=4, hidden=16, value_steps=2, value_batch=16),
     "dqn": dict(burn_in=50, batch_size=16, hidden=16, hidden_2=16, utd=0.1),
+    "a2c": dict(num_envs=4, num_steps=5, hidden=16),
+    "a3c": dict(workers=1, hidden=16),
     "double_dqn": dict(burn_in=50, batch_size=16, hidden=16, hidden_2=16, utd=0.1),
     "awr": dict(num_envs=4, num_steps=32, buffer_size=512, critic_steps=4, actor_steps=8, hidden=16),
     "ddpg": dict(burn_in=50, batch_size=16, hidden=16, utd=0.1),
@@ -416,6 +418,7 @@ TOGETHER = {
     "ppo": "--num-envs 16 --num-steps 64 --hidden 32 --learning-rate 5e-3 --norm-obs "
     "--norm-rewards --target-kl 0.05",
     "reinforce": "--num-envs 32 --hidden 32 --norm-obs --standardize",
+    "a2c": "--num-envs 16 --num-steps 8 --hidden 32 --learning-rate 5e-3",
 }
 TWO = """
 import os, sys, torch, tyro, {name} as script

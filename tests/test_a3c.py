@@ -1,0 +1,287 @@
+"""a3c.py: its loop, alone and with several workers: exact counts, crashes, kills, one result of one.
+
+Equations, networks and optimiser are the text of a2c.py (the house rules), and tested there.
+"""
+
+import multiprocessing
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import a2c
+import a3c
+import envs
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, command
+
+COMMON = dict(workers=1, hidden=32, gamma=0.9, eval_episodes=20, learning_rate=3e-3)
+
+
+def trained(tmp_path, env_id, steps, **options):
+    """Evaluation returns, V_φ as a function of observations, and the checkpoint."""
+    options = {**COMMON, **options}
+    args = a3c.Args(env_id=env_id, total_timesteps=steps, run_dir=str(tmp_path), **options)
+    returns = a3c.train(args)
+    checkpoint = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
+    critic = a3c.MLP(None, 2, args.hidden, 1, 1.0)
+    critic.load_state_dict(checkpoint["critic"])
+    value = lambda *obs: critic(torch.tensor(obs).float()).squeeze(-1).tolist()  # noqa: E731
+    return returns, value, checkpoint
+
+
+# Learning
+
+some_workers = pytest.mark.parametrize("workers", [1, 2])
+
+
+@some_workers
+def test_reward_depends_on_action_and_observation(tmp_path, workers):
+    returns, value, _ = trained(tmp_path, "Matched-v0", 3_000, workers=workers)
+    assert returns.mean() == 1
+    assert value([1, 0], [-1, 0]) == pytest.approx([1, 1], abs=0.3)
+
+
+def test_continuous_action(tmp_path):
+    returns, _, _ = trained(tmp_path, "MatchedBox-v0", 5_000)
+    assert returns.mean() > -0.2  # a constant action gets -4 at best
+
+
+def test_credit_over_two_steps(tmp_path):
+    returns, _, _ = trained(tmp_path, "TwoStep-v0", 4_000)
+    assert returns.mean() == 1
+
+
+@some_workers
+def test_time_limit_does_not_end_the_value(tmp_path, workers):
+    _, value, _ = trained(tmp_path, "Truncates-v0", 10_000, workers=workers, k_step=3)
+    assert value([0, 0]) == pytest.approx([10], abs=0.3)
+
+
+def test_termination_ends_the_value(tmp_path):
+    _, value, _ = trained(tmp_path, "Terminates-v0", 8_000, k_step=3)
+    exact = [(1 - 0.9 ** (5 - t)) / 0.1 for t in range(5)]
+    assert value(*([t - 2.5, 0] for t in range(5))) == pytest.approx(exact, abs=0.2)
+
+
+def test_both_ends(tmp_path):
+    _, value, _ = trained(tmp_path, "Both-v0", 12_000)
+    assert value([0, 0]) == pytest.approx([1 / (1 - 0.8 * 0.9)], abs=0.4)
+
+
+# Rollouts
+
+
+@pytest.mark.parametrize("k", [1, 3, 5, 8])
+def test_a_rollout_is_k_steps_or_up_to_an_end(tmp_path, monkeypatch, k):
+    """Episodes of 5 steps; and what a rollout begins with is what the last one ended with."""
+    seen, k_step_advantages = [], a3c.k_step_advantages
+
+    def spy(*a):
+        seen.append(tuple(x.numpy().copy() for x in a[:4]))  # the memory is used again
+        return k_step_advantages(*a)
+
+    monkeypatch.setattr(a3c, "k_step_advantages", spy)
+    trained(tmp_path, "Terminates-v0", 100, k_step=k, learning_rate=0.0)
+    pattern = [min(k, 5 - first) for first in range(0, 5, k)]
+    assert [len(rewards) for rewards, *_ in seen] == pattern * 20
+    before = None
+    for rewards, values, terminated, truncated in seen:
+        assert len(values) == len(rewards) + 1 and not terminated[:-1].any() and not truncated.any()
+        assert before is None or values[0] == pytest.approx(before, abs=1e-6)
+        before = None if terminated[-1] else values[-1]
+    assert sum(terminated[-1] for _, _, terminated, _ in seen) == 20
+
+
+def test_gradients_are_summed_over_steps(tmp_path, monkeypatch):
+    """A rollout of one step counts a quarter of what k = 4 such steps do, for the critic exactly."""
+    seen = []
+    monkeypatch.setattr(a3c.RMSprop, "step", lambda self, g, lr: seen.append(g[-1].item()))
+    for k in (1, 4):
+        trained(tmp_path, "Constant-v0", 1, k_step=k, max_grad_norm=1e9)
+    assert seen[0] == pytest.approx(4 * seen[1]) and seen[0] != 0
+
+
+def test_no_gradient_is_kept(tmp_path, monkeypatch):
+    """Nothing accumulates in .grad, where a clearing that sets it to None would lose a shared one."""
+    policies, policy_for = [], a3c.policy_for
+    monkeypatch.setattr(
+        a3c, "policy_for", lambda *a: policies.append(policy_for(*a)) or policies[0]
+    )
+    trained(tmp_path, "Both-v0", 100)
+    assert all(p.grad is None for p in policies[0].parameters())
+
+
+# Several workers
+
+
+class Counted(envs.Both):
+    """Counts, over all processes, steps, and by rank who took them."""
+
+    counts = multiprocessing.Array("q", 8)
+
+    def reset(self, **options):
+        self.rank = (multiprocessing.current_process()._identity or (0,))[0]
+        return super().reset(**options)
+
+    def outcome(self, action):
+        with self.counts.get_lock():
+            self.counts[0] += 1
+        return super().outcome(action)
+
+
+class Crashes(envs.Both):
+    """Fails, in one kind of process, after 300 steps there."""
+
+    in_child, how = True, None
+
+    def outcome(self, action):
+        self.taken = getattr(self, "taken", 0) + 1
+        child = multiprocessing.parent_process() is not None
+        if child == self.in_child and self.taken > 300:
+            self.how()
+        return super().outcome(action)
+
+
+gym.register("Counted-v0", Counted, disable_env_checker=True, order_enforce=False)
+gym.register("Crashes-v0", Crashes, disable_env_checker=True, order_enforce=False)
+
+
+@pytest.mark.parametrize("workers", [1, 2, 3, 5])
+@pytest.mark.parametrize("steps", [1, 7, 1_001])
+def test_the_total_of_steps_is_exact(tmp_path, capsys, workers, steps):
+    """Also where it ends amid rollouts, and there are more workers than rollouts left."""
+    Counted.counts[0] = 0
+    _, _, checkpoint = trained(tmp_path, "Counted-v0", steps, workers=workers, eval_episodes=1)
+    counted = int(re.search(r"env_steps=(\d+)", capsys.readouterr().out)[1])
+    in_evaluation = Counted.counts[0] - steps
+    assert counted == checkpoint["env_steps"] == steps and 1 <= in_evaluation <= 5
+    path = str(tmp_path / "checkpoint.pt")
+    Counted.counts[0] = 0
+    more = dict(workers=workers, eval_episodes=1, resume=path)
+    _, _, checkpoint = trained(tmp_path, "Counted-v0", steps + 11, **more)
+    assert checkpoint["env_steps"] == steps + 11
+    assert 1 <= Counted.counts[0] - 11 <= 5
+    assert not multiprocessing.active_children()
+
+
+def test_what_one_worker_learns_all_have(tmp_path, monkeypatch):
+    """The main process takes no optimiser step: all that it knows, the other has learned."""
+    main, step = os.getpid(), a3c.RMSprop.step
+    monkeypatch.setattr(a3c.RMSprop, "step", lambda *a: os.getpid() == main or step(*a))
+    returns, _, checkpoint = trained(tmp_path, "Matched-v0", 6_000, workers=2)
+    assert returns.mean() == 1
+    assert checkpoint["optimizer"]["v"].max() > 0, "the state of the optimiser is shared"
+
+
+def test_workers_see_different_episodes(tmp_path, monkeypatch):
+    """Each worker's first observations and noise, by seeds of its own."""
+    signs = multiprocessing.Array("d", 2 * 40)
+
+    def reset(self, *, seed=None, options=None):
+        result = base(self, seed=seed, options=options)
+        rank = int(multiprocessing.parent_process() is not None)
+        self.n = getattr(self, "n", -1) + 1
+        if self.n < 40:
+            signs[40 * rank + self.n] = self.sign
+        return result
+
+    base = envs.Tiny.reset
+    monkeypatch.setattr(envs.Tiny, "reset", reset)
+    trained(tmp_path, "Observed-v0", 400, workers=2)
+    assert list(signs[:40]) != list(signs[40:]) and 0 not in signs[:5] and 0 not in signs[40:45]
+
+
+def fail():
+    raise ArithmeticError("on purpose")
+
+
+@pytest.mark.parametrize("in_child", [True, False])
+def test_a_crash_stops_all_and_saves(tmp_path, monkeypatch, in_child):
+    monkeypatch.setattr(Crashes, "in_child", in_child)
+    monkeypatch.setattr(Crashes, "how", staticmethod(fail))
+    error = torch.multiprocessing.ProcessRaisedException if in_child else ArithmeticError
+    with pytest.raises(error, match=r"(?s)Traceback.*in fail.*on purpose" if in_child else "on p"):
+        trained(tmp_path, "Crashes-v0", 10**9, workers=3)
+    assert not multiprocessing.active_children()
+    checkpoint = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
+    assert checkpoint["env_steps"] > 300
+    assert all(x.isfinite().all() for x in checkpoint["policy"].values())
+
+
+def test_a_killed_worker_stops_all_and_saves(tmp_path, monkeypatch):
+    how = staticmethod(lambda: os.kill(os.getpid(), signal.SIGKILL))
+    monkeypatch.setattr(Crashes, "how", how)
+    with pytest.raises(torch.multiprocessing.ProcessExitedException, match="SIGKILL"):
+        trained(tmp_path, "Crashes-v0", 10**9, workers=3)
+    assert not multiprocessing.active_children()
+    assert (tmp_path / "checkpoint.pt").exists()
+
+
+def family(pid):
+    """Living processes of the session of pid."""
+    found = subprocess.run(
+        ["ps", "-o", "pid=,stat=", "-s", str(pid)], capture_output=True, text=True
+    )
+    rows = [line.split() for line in found.stdout.splitlines()]
+    return {int(row[0]) for row in rows if not row[1].startswith("Z")}
+
+
+@pytest.mark.parametrize("how", ["terminal", "main", "kill"])
+def test_no_process_is_left_behind(tmp_path, how):
+    """Ctrl-C in a terminal reaches all processes, a signal the main one alone."""
+    options = f"--workers 3 --hidden 8 --total-timesteps {10**9} --run-dir {tmp_path}"
+    main = subprocess.Popen(
+        [sys.executable, ROOT / "a3c.py", *options.split(), "--checkpoint-every", "1"],
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        deadline = time.time() + 60
+        while not (tmp_path / "checkpoint.pt").exists():
+            assert main.poll() is None and time.time() < deadline
+            time.sleep(0.05)
+        assert len(family(main.pid)) == 3
+        if how == "terminal":
+            os.killpg(main.pid, signal.SIGINT)
+        else:
+            main.send_signal(signal.SIGINT if how == "main" else signal.SIGKILL)
+        err = main.communicate(timeout=60)[1]
+        deadline = time.time() + 5
+        while family(main.pid) and time.time() < deadline:
+            time.sleep(0.05)
+        assert not family(main.pid)
+    finally:
+        for pid in family(main.pid):
+            os.kill(pid, signal.SIGKILL)
+    if how != "kill":
+        assert main.returncode == 130 and "--resume" in err and len(err.splitlines()) == 1
+    assert torch.load(tmp_path / "checkpoint.pt", weights_only=True)["env_steps"] > 0
+
+
+def test_bad_options():
+    for options in (["--workers", "0"], ["--k-step", "0"]):
+        status, out, err = command("a3c", *options)
+        assert status == 2 and not out and len(err.splitlines()) == 1 and options[0] in err
+
+
+def test_one_worker_takes_the_step_of_a2c(tmp_path, monkeypatch):
+    """One environment, k steps without an end: the same gradient from the same parameters."""
+    gradients = {}
+    for script in (a2c, a3c):
+        got = gradients[script] = []
+        monkeypatch.setattr(script.RMSprop, "step", lambda self, g, lr, got=got: got.append(g))
+        monkeypatch.setattr(
+            script.SoftmaxPolicy, "noise", lambda self, *shape: np.zeros((*shape, 2))
+        )
+        own = dict(num_envs=1, num_steps=4) if script is a2c else dict(workers=1)
+        args = dict(env_id="Truncates-v0", total_timesteps=4, run_dir=str(tmp_path), k_step=4)
+        args["max_grad_norm"] = 1.0
+        script.train(script.Args(**args, **own, eval_episodes=1))
+    torch.testing.assert_close(gradients[a2c][0], gradients[a3c][0])
