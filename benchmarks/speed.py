@@ -200,8 +200,9 @@ SHORT = "--eval-episodes 1 --checkpoint-every 0"
 
 def speed_row(row, repeats):
     a, b = [], []
-    for _ in range(repeats):
-        a.append(ours(row, row["threads"], f"--total-timesteps {row['steps']} {SHORT}")[0])
+    for seed in range(1, repeats + 1):  # what a search meets on its way depends on it
+        extra = f"--seed {seed} --total-timesteps {row['steps']} {SHORT}"
+        a.append(ours(row, row["threads"], extra)[0])
         if "peer" in row:
             b.append(peer(row, row["threads"], row["steps"])[0])
     theirs = [spread(b), spread(np.divide(a, b), "{:.1f}")] if b else ["", ""]
