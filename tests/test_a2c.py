@@ -193,6 +193,20 @@ def test_the_loop_keeps_the_two_gradients_apart(tmp_path, coefficient):
     assert same == {"policy": coefficient == "learning_rate", "critic": True}
 
 
+@pytest.mark.parametrize("norm", [1.0, 1e-9], ids=["whole", "clipped"])
+def test_the_gradient_is_clipped_and_the_rate_decays(tmp_path, monkeypatch, norm):
+    """To the norm allowed; linearly to 0, by the steps taken when the last log was written."""
+    norms, rates = [], []
+    spy = lambda self, g, rate: norms.append(g.norm().item()) or rates.append(rate)  # noqa: E731
+    monkeypatch.setattr(a2c.RMSprop, "step", spy)
+    trained(tmp_path, "Truncates-v0", 1_000, max_grad_norm=norm, learning_rate=1.0)
+    assert max(norms) == pytest.approx(norm, rel=1e-3)
+    steps = [e.step for e in EventAccumulator(str(tmp_path)).Reload().Scalars("losses/entropy")]
+    assert sorted(set(rates), reverse=True) == pytest.approx(
+        [1 - x / 1_000 for x in [0, *steps[:-1]]]
+    )
+
+
 # Learning
 
 COMMON = dict(num_envs=16, num_steps=8, hidden=32, gamma=0.9, eval_episodes=20, learning_rate=3e-3)

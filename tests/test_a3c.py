@@ -107,6 +107,27 @@ def test_gradients_are_summed_over_steps(tmp_path, monkeypatch):
     assert seen[0] == pytest.approx(4 * seen[1]) and seen[0] != 0
 
 
+def test_each_rollout_begins_from_the_shared_parameters(tmp_path, monkeypatch):
+    """And its gradient is clipped; the rate decays to 0 over the steps of all."""
+    policies, policy_for, step = [], a3c.policy_for, a3c.RMSprop.step
+    monkeypatch.setattr(
+        a3c, "policy_for", lambda *a: policies.append(policy_for(*a)) or policies[0]
+    )
+    rates = []
+
+    def spy(self, gradient, rate):
+        own = torch.nn.utils.parameters_to_vector(policies[0].parameters())
+        assert torch.equal(own, self.theta[: len(own)])
+        assert gradient.norm() <= 0.1001
+        rates.append(rate)
+        step(self, gradient, rate)
+
+    monkeypatch.setattr(a3c.RMSprop, "step", spy)
+    options = dict(k_step=5, max_grad_norm=0.1, learning_rate=1e-3)
+    trained(tmp_path, "Truncates-v0", 100, **options)
+    assert rates == pytest.approx([1e-3 * (1 - 5 * i / 100) for i in range(20)])
+
+
 def test_no_gradient_is_kept(tmp_path, monkeypatch):
     """Nothing accumulates in .grad, where a clearing that sets it to None would lose a shared one."""
     policies, policy_for = [], a3c.policy_for
