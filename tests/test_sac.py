@@ -57,6 +57,12 @@ def test_saturated_actions_stay_finite_and_exact(mean):
     assert torch.autograd.grad(logp.sum(), m)[0].item() == pytest.approx(math.copysign(2, mean))
 
 
+@pytest.mark.parametrize("like", [np.array, torch.tensor], ids=["numpy", "torch"])
+def test_deviations_stay_within_bounds(like):
+    mean, log_std = sac.mean_and_log_std(like([[1.0, 30.0, -1e9, 1e9], [0.0, -30.0, 0.5, 2.0]]))
+    assert mean.tolist() == [[1, 30], [0, -30]] and log_std.tolist() == [[-20, 2], [0.5, 2]]
+
+
 def test_the_entropy_does_not_depend_on_units():
     """One policy, one seed, bounds a thousand times wider: the same actions, losses and α."""
     results = []
