@@ -123,11 +123,11 @@ def alone(row):
 
 
 def candidates(row, ranks):
-    """Episodes per second of processes that evaluate row["each"] candidates apiece."""
+    """Candidates per second of the same search by one process or more, bit for bit the same."""
     with tempfile.TemporaryDirectory() as run_dir:
         start = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
         line = f"--nproc-per-node {ranks} {ROOT}/{row['script']}.py --env-id {row['env']}"
-        line += f" --candidates {row['each'] * ranks} --run-dir {run_dir} --checkpoint-every 0"
+        line += f" --candidates {row['candidates']} --run-dir {run_dir} --checkpoint-every 0"
         line += f" --eval-episodes 1 --total-timesteps {row['steps']} {row['options']}"
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         subprocess.run(
