@@ -417,7 +417,7 @@ def test_a_failure_while_writing_keeps_the_last_checkpoint(name, tmp_path, monke
 TOGETHER = {
     "ppo": "--num-envs 16 --num-steps 64 --hidden 32 --learning-rate 5e-3 --norm-obs "
     "--norm-rewards --target-kl 0.05",
-    "reinforce": "--num-envs 32 --hidden 32 --norm-obs --standardize",
+    "reinforce": "--num-envs 32 --hidden 32 --value-steps 4 --norm-obs --standardize",
     "a2c": "--num-envs 16 --num-steps 8 --hidden 32 --learning-rate 5e-3",
 }
 TWO = """
