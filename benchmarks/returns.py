@@ -376,12 +376,16 @@ def draw(axes, row, points):
     curves = np.array(
         [np.interp(x, *zip(*sorted(curve), strict=True), left=np.nan) for curve in seeds.values()]
     )
+    from matplotlib.ticker import EngFormatter
+
     bands = np.array([interval(column) for column in curves.T])
     (line,) = axes.plot(x, curves.mean(0), label=row["script"])
     axes.fill_between(x, *bands.T, alpha=0.25, color=line.get_color(), linewidth=0)
     axes.axhline(row["reference"], linestyle=":", color=line.get_color(), linewidth=1)
     axes.set(title=row["env"], xlabel="environment steps", ylabel="return of an episode")
-    axes.legend(loc="lower right", frameon=False)
+    axes.xaxis.set_major_formatter(EngFormatter(sep=""))  # 200k
+    axes.locator_params(axis="x", nbins=5)
+    axes.legend(loc="lower right", frameon=False, fontsize=7)
     return True
 
 
