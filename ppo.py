@@ -55,7 +55,7 @@ LIMITS = {"gamma": (0, 1), "gae_lambda": (0, 1)}  # of options that end at 1
 
 @dataclass
 class Args:
-    total_timesteps: int = 50_000  # environment steps, over all environments and processes
+    total_timesteps: int = 60_000  # environment steps, over all environments and processes
     num_envs: int = 32  # N, environments, shared out among torchrun's processes
     num_steps: int = 32  # T, steps of each environment between updates
     epochs: int = 10  # K, passes over each batch
