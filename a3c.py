@@ -378,8 +378,8 @@ def train(args: Args) -> np.ndarray:
                     with lock:
                         left.value *= -1  # nobody takes another
 
-    # A fork starts in 10 ms, a new interpreter in 1.5 s; a fork has a copy of its own of all that is
-    # not shared: environment, networks, buffers. torch, on one thread, has none for it to lose.
+    # A fork starts in 10 ms, a new interpreter in 1.5 s; a fork has its own copy of all that is not
+    # shared: environment, networks, buffers. torch, on one thread, has none for it to lose.
     options = {"nprocs": args.workers - 1, "join": False, "daemon": True, "start_method": "fork"}
     workers = mp.start_processes(work, **options)
     try:
