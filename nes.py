@@ -144,9 +144,9 @@ class Adam(nn.Module):
 
     def step(self, gradient: Tensor, learning_rate: float) -> None:
         state = [self.m], [self.v], [], [self.steps]
-        options = {"lr": learning_rate, "beta1": 0.9, "beta2": 0.999, "eps": 1e-5, "fused": True}
+        options = {"lr": learning_rate, "beta1": 0.9, "beta2": 0.999, "eps": 1e-5}
         options |= {"amsgrad": False, "maximize": False, "weight_decay": 0.0}
-        adam([self.theta], [gradient], *state, **options)
+        adam([self.theta], [gradient], *state, fused=not torch.compiler.is_compiling(), **options)
 
 
 # Equations ----------------------------------------------------------------------------------------

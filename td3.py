@@ -156,9 +156,9 @@ class Adam(nn.Module):
 
     def step(self, gradient: Tensor, learning_rate: float) -> None:
         state = [self.m], [self.v], [], [self.steps]
-        options = {"lr": learning_rate, "beta1": 0.9, "beta2": 0.999, "eps": 1e-5, "fused": True}
+        options = {"lr": learning_rate, "beta1": 0.9, "beta2": 0.999, "eps": 1e-5}
         options |= {"amsgrad": False, "maximize": False, "weight_decay": 0.0}
-        adam([self.theta], [gradient], *state, **options)
+        adam([self.theta], [gradient], *state, fused=not torch.compiler.is_compiling(), **options)
 
 
 # Buffer -------------------------------------------------------------------------------------------
@@ -337,7 +337,10 @@ def train(args: Args) -> np.ndarray:
 
 
 def update(args: Args, networks, vectors, optimizers, batch, number: int) -> dict[str, Tensor]:
-    """The steps on one batch: tensors only and no waiting for the device, so compilable whole."""
+    """The steps on one batch: tensors only and no waiting for the device.
+
+    torch.compile takes it whole if torch._dynamo.config.trace_autograd_ops is True.
+    """
     actor, critic, target_actor, target_critic = networks.values()
     theta, phi, target_theta, target_phi = vectors
     actor_optimizer, critic_optimizer = optimizers
