@@ -2,9 +2,11 @@
 
 import contextlib
 import importlib
+import inspect
 import io
 import os
 import pathlib
+import re
 import runpy
 import sys
 from unittest import mock
@@ -20,6 +22,7 @@ import torch  # noqa: E402
 
 torch.set_num_threads(1)  # two test runs side by side share two cores
 
+TABLE = (ROOT / "tests/equations.tsv").read_text(encoding="utf-8").splitlines()
 SCRIPTS = sorted(path.stem for path in ROOT.glob("*.py"))
 SOURCES = {name: (ROOT / f"{name}.py").read_text(encoding="utf-8") for name in SCRIPTS}
 
@@ -44,3 +47,17 @@ def command(script, *options):
         except SystemExit as end:
             status = end.code or 0
     return status, out.getvalue(), err.getvalue()
+
+
+def pytest_runtest_makereport(item, call):
+    """Beside a failure, the equations that the test verifies or whose functions it calls."""
+    if not call.excinfo or not hasattr(item, "function"):
+        return
+    called = set(re.findall(r"\w+", inspect.getsource(item.function))) - {"train", item.originalname}
+    rows = []
+    for section, n, _, where in (line.split("\t") for line in TABLE):
+        names = {place.split(":")[-1] for place in where.split()}
+        if item.originalname in names or names & called:
+            rows.append(f"[{section}, eq. {n}] {where}")
+    if rows:
+        item.add_report_section(call.when, "equations", "\n".join(rows))
