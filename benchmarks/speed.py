@@ -20,6 +20,7 @@ import sys
 import tempfile
 import time
 import tomllib
+from types import SimpleNamespace
 
 import numpy as np
 from returns import scalars, write_between
@@ -29,18 +30,28 @@ ROOT = HERE.parent
 RESULTS = HERE / "results/speed.json"
 
 
-def ours(row, threads, extra=""):
-    """One run of our script: steps per second, line of results, and seconds from start to end."""
+def ours(row, threads, extra="", processes=0):
+    """One run of our script: its speed in steps per second, what it printed, and what it took."""
+    launcher = f"-m torch.distributed.run --standalone --nproc-per-node {processes}"
     with tempfile.TemporaryDirectory() as run_dir:
-        line = f"{sys.executable} {ROOT}/{row['script']}.py --env-id {row['env']} {row['options']}"
-        line += f" --run-dir {run_dir} {extra}"
+        line = f"{sys.executable} {launcher if processes else ''} {ROOT}/{row['script']}.py"
+        line += f" --env-id {row['env']} {row['options']} --run-dir {run_dir} {extra}"
         environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
         start = time.time()
-        done = subprocess.run(shlex.split(line), stdout=subprocess.PIPE, text=True, env=environment)
-        seconds = time.time() - start
-        done.check_returncode()
-        speed = scalars(run_dir, "charts/SPS")[1][-1]
-    return speed, dict(pair.split("=") for pair in done.stdout.splitlines()[-1].split()), seconds
+        done = subprocess.Popen(
+            shlex.split(line), stdout=subprocess.PIPE, text=True, env=environment
+        )
+        output = done.stdout.read()
+        _, status, usage = os.wait4(done.pid, 0)
+        if status:
+            sys.exit(f"{line}\nfailed")
+        return SimpleNamespace(
+            speed=scalars(run_dir, "charts/SPS")[1][-1],
+            length=scalars(run_dir, "charts/episodic_length")[1].mean(),
+            result=dict(pair.split("=") for pair in output.splitlines()[-1].split()),
+            seconds=time.time() - start,
+            megabytes=usage.ru_maxrss / 1024,
+        )
 
 
 PEER = """
@@ -91,7 +102,7 @@ print(json.dumps([steps / (time.time() - start), 0]))
 
 
 def peer(row, threads, steps, episodes=0):
-    """One run of the peer: steps per second, return, and seconds from start to end."""
+    """One run of the peer: steps per second, return, seconds from start to end, megabytes."""
     settings = {"env": row["env"], "steps": steps, "threads": threads, **row["peer"]}
     line = [
         sys.executable,
@@ -102,8 +113,10 @@ def peer(row, threads, steps, episodes=0):
         json.dumps({**settings, "episodes": episodes}),
     ]
     start = time.time()
-    done = subprocess.run(line, stdout=subprocess.PIPE, text=True, check=True)
-    return *json.loads(done.stdout.splitlines()[-1]), time.time() - start
+    done = subprocess.Popen(line, stdout=subprocess.PIPE, text=True)
+    output = done.stdout.read()
+    _, _, usage = os.wait4(done.pid, 0)
+    return *json.loads(output.splitlines()[-1]), time.time() - start, usage.ru_maxrss / 1024
 
 
 def alone(row):
@@ -120,22 +133,6 @@ def alone(row):
         if terminated or truncated:
             env.reset()
     return row["steps"] / (time.time() - start)
-
-
-def candidates(row, ranks):
-    """Candidates per second of the same search by one process or more, bit for bit the same."""
-    with tempfile.TemporaryDirectory() as run_dir:
-        start = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-        line = f"--nproc-per-node {ranks} {ROOT}/{row['script']}.py --env-id {row['env']}"
-        line += f" --candidates {row['candidates']} --run-dir {run_dir} --checkpoint-every 0"
-        line += f" --eval-episodes 1 --total-timesteps {row['steps']} {row['options']}"
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        subprocess.run(
-            [*start, *shlex.split(line)], env=environment, check=True, capture_output=True
-        )
-        _, speed = scalars(run_dir, "charts/SPS")
-        _, length = scalars(run_dir, "charts/episodic_length")
-    return speed[-1] / length.mean()
 
 
 # The least time of one update, and of the same matrix products alone, as recorded from the update.
@@ -202,7 +199,7 @@ def speed_row(row, repeats):
     a, b = [], []
     for seed in range(1, repeats + 1):  # what a search meets on its way depends on it
         extra = f"--seed {seed} --total-timesteps {row['steps']} {SHORT}"
-        a.append(ours(row, row["threads"], extra)[0])
+        a.append(ours(row, row["threads"], extra).speed)
         if "peer" in row:
             b.append(peer(row, row["threads"], row["steps"])[0])
     theirs = [spread(b), spread(np.divide(a, b), "{:.1f}")] if b else ["", ""]
@@ -212,7 +209,7 @@ def speed_row(row, repeats):
 def alone_row(row, repeats):
     a, b = [], []
     for _ in range(repeats):
-        a.append(ours(row, 1, f"--total-timesteps {row['steps']} {SHORT}")[0])
+        a.append(ours(row, 1, f"--total-timesteps {row['steps']} {SHORT}").speed)
         b.append(alone(row))
     return [spread(a), spread(b), spread(np.divide(b, a), "{:.2f}")]
 
@@ -223,22 +220,71 @@ def products_row(row, repeats):
 
 
 def ranks_row(row, repeats):
+    """Candidates per second of the same search by one process or more, bit for bit the same."""
     a, b = [], []
     for _ in range(repeats):
-        a.append(candidates(row, 2))
-        b.append(candidates(row, 1))
+        for values, processes in ((a, 2), (b, 1)):
+            run = ours(row, 1, f"--total-timesteps {row['steps']} {SHORT}", processes)
+            values.append(run.speed / run.length)
     return [spread(a), spread(b), spread(np.divide(a, b), "{:.2f}")]
+
+
+def growth_row(row, _):
+    """Steps per second as one option grows, or the number of processes; one run of each."""
+    cells = []
+    for value in row["values"]:
+        extra = f"--total-timesteps {row['steps']} {SHORT}"
+        if row["option"] == "processes":
+            cells.append(ours(row, 1, extra, value).speed)
+        else:
+            cells.append(ours(row, 1, f"{extra} {row['option']} {value}").speed)
+    return [f"{cell:,.0f}" for cell in cells]
+
+
+def memory_row(row, _):
+    """Peak memory of a short run and, where there is one, of the peer's."""
+    a = ours(row, 1, f"--total-timesteps {row['steps']} {SHORT}").megabytes
+    if "peer" not in row:
+        return [f"{a:,.0f}", "", ""]
+    b = peer(row, 1, row["steps"])[3]
+    return [f"{a:,.0f}", f"{b:,.0f}", f"{b / a:.1f}"]
+
+
+# What a full buffer costs beside its transitions, by the resident memory of the process.
+BUFFER = """
+import gymnasium, json, os, resource, sys
+sys.path.insert(0, sys.argv[1])
+import numpy as np, sac
+env = gymnasium.make("HalfCheetah-v5")
+obs, action = np.float32(env.reset(seed=1)[0]), np.float32(env.action_space.sample())
+def resident():
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * resource.getpagesize()
+before, n = resident(), 1_000_000
+buffer = sac.ReplayBuffer(n, obs, action)
+for _ in range(n):
+    buffer.add(obs, action, 1.0, obs, 0.99)
+bytes = n * (2 * obs.nbytes + action.nbytes + 8)
+print(json.dumps([(resident() - before) / 1e6, bytes / 1e6]))
+"""
+
+
+def buffer_row(row, _):
+    """Megabytes that a million HalfCheetah transitions take, and those of their numbers alone."""
+    line = [sys.executable, "-c", BUFFER, str(ROOT)]
+    a, b = json.loads(subprocess.run(line, stdout=subprocess.PIPE, check=True).stdout)
+    return [f"{a:,.0f}", f"{b:,.0f}", f"{a / b:.2f}"]
 
 
 def cold_row(row, repeats):
     a, b, returns, theirs = [], [], [], []
     for seed in range(1, 11):
-        _, result, seconds = ours(row, 1, f"--seed {seed}")
-        a.append(seconds)
-        returns.append(float(result["eval_return_mean"]))
+        run = ours(row, 1, f"--seed {seed}")
+        a.append(run.seconds)
+        returns.append(float(run.result["eval_return_mean"]))
         if seed <= repeats and "peer" in row:
             settings = {name: value for name, value in row["peer"].items() if name != "steps"}
-            _, mean, seconds = peer({**row, "peer": settings}, 1, row["peer"]["steps"], 20)
+            _, mean, seconds, _ = peer({**row, "peer": settings}, 1, row["peer"]["steps"], 20)
             b.append(seconds)
             theirs.append(mean)
     print(f"  {row['name']}: returns {returns} and the peer's {theirs}")
@@ -246,12 +292,33 @@ def cold_row(row, repeats):
     return [spread(a, "{:.1f}"), f"{min(returns):.0f}", *(ratio if b else ["", "", ""])]
 
 
-TABLES = {  # of speed.toml: what measures a row, and the columns
-    "row": (speed_row, "steps/s | of the peer | ratio"),
-    "alone": (alone_row, "steps/s | of the environment alone | times as long"),
-    "products": (products_row, "least time of an update, ms | of its matrix products, ms | ratio"),
-    "ranks": (ranks_row, "candidates/s, 2 processes | 1 process | ratio"),
-    "cold": (cold_row, "seconds from a cold start | least return | sb3 | least return | ratio"),
+TABLES = {  # of speed.toml: what measures a row, what it is, and the columns
+    "row": (speed_row, "", "steps/s | of the peer | ratio | goal"),
+    "alone": (
+        alone_row,
+        "",
+        "steps/s | of the environment alone | times as long | goal",
+    ),
+    "products": (
+        products_row,
+        "",
+        "least time of an update, ms | of its matrix products, ms | ratio | goal",
+    ),
+    "ranks": (ranks_row, "", "candidates/s, 2 processes | 1 process | ratio | goal"),
+    "cold": (
+        cold_row,
+        "",
+        "seconds from a cold start | least return | sb3 | least return | ratio | goal",
+    ),
+    "buffer": (buffer_row, "", "MB | of the numbers alone | ratio | goal"),
+    "memory": (memory_row, "peak memory", "MB | sb3 | ratio"),
+    "environments": (
+        growth_row,
+        "steps/s with so many environments or candidates",
+        "1 | 4 | 16 | 64 | 256",
+    ),
+    "hidden": (growth_row, "steps/s with so many hidden units", "32 | 64 | 128 | 256 | 512"),
+    "processes": (growth_row, "steps/s of so many processes", "1 | 2"),
 }
 
 
@@ -262,20 +329,19 @@ def main():
     arguments = parser.parse_args()
     rows = tomllib.loads((HERE / "speed.toml").read_text(encoding="utf-8"))
     measured = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else {}
-    for kind, (measure, _) in TABLES.items():
-        for row in rows[kind]:
-            if arguments.only in row["name"] and (ROOT / f"{row['script']}.py").exists():
-                measured[row["name"]] = measure(row, arguments.repeats)
-                print(row["name"], *measured[row["name"]], row["goal"], sep=" | ", flush=True)
-                RESULTS.write_text(json.dumps(measured, indent=1) + "\n", encoding="utf-8")
     lines = []
-    for kind, (_, columns) in TABLES.items():
-        lines += [f"| | {columns} | goal |", "|---" * (columns.count("|") + 3) + "|"]
+    for kind, (measure, title, columns) in TABLES.items():
+        table = [f"| {title} | {columns} |", "|---" * (columns.count("|") + 2) + "|"]
         for row in rows[kind]:
-            if row["name"] in measured:
-                cells = row["name"], *measured[row["name"]], row["goal"]
-                lines.append(f"| {' | '.join(cells)} |")
-        lines.append("")
+            name = row["name"]
+            if arguments.only in name and (ROOT / f"{row['script']}.py").exists():
+                measured[name] = measure(row, arguments.repeats)
+                print(name, *measured[name], row.get("goal", ""), sep=" | ", flush=True)
+                RESULTS.write_text(json.dumps(measured, indent=1) + "\n", encoding="utf-8")
+            if name in measured:
+                goal = [row["goal"]] if "goal" in row else []
+                table.append(f"| {' | '.join([name, *measured[name], *goal])} |")
+        lines += [*table, ""] if len(table) > 2 else []
     write_between(HERE / "README.md", "speed", lines[:-1])
 
 
