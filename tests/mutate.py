@@ -63,6 +63,8 @@ EQUIVALENT = {
         "h_sigma",
         "length < (1.4 + 2 / (d + 1)) * usual -> length <= (1.4 + 2 / (d + 1)) * usual",
     ),
+    # Of a span as long as the rows nothing is left to add.
+    ("running_sums", "span < len(sums) -> span <= len(sums)"),
     # A weight of 0 is 0 either way.
     ("update_covariance", "weights >= 0 -> weights > 0"),
 }

@@ -242,6 +242,11 @@ def test_weights_are_clipped():
     assert awr.advantage_weights(advantages, 0.5, 60.0).tolist() == pytest.approx(exact)
 
 
+def test_the_likelihood_is_a_weighted_mean():
+    weights, logp = torch.tensor([0.5, 2.0]), torch.tensor([-1.0, -3.0])
+    assert awr.weighted_log_likelihood(weights, logp).item() == (-0.5 - 6) / 2
+
+
 def test_effective_sample_size():
     assert awr.effective_sample_size(torch.full((7,), 3.0)).item() == pytest.approx(1)
     assert awr.effective_sample_size(torch.eye(5)[2]).item() == pytest.approx(1 / 5)

@@ -209,6 +209,7 @@ def test_exploration_and_targets():
     assert y.tolist() == pytest.approx([10, 2])
     q = torch.tensor([[1.0, 2.0], [3.0, 5.0]])
     assert ddpg.critic_loss(q, torch.tensor([1.0, 4.0])).item() == (0 + 4) / 2 + (4 + 1) / 2
+    assert ddpg.actor_loss(q[:1]).item() == td3.actor_loss(q[:1]).item() == -(1 + 2) / 2
 
 
 def test_the_gradient_goes_through_the_action():

@@ -171,6 +171,11 @@ def test_the_policy_gradient_finds_the_soft_optimum_of_a_known_q():
     assert loss(*theta, noise).item() == pytest.approx(min(losses), abs=0.01)
 
 
+def test_the_actor_loss_takes_the_lower_q_and_pays_for_log_probability():
+    q, logp = torch.tensor([[1.0, 5.0], [2.0, 3.0]]), torch.tensor([-1.0, 3.0])
+    assert sac.soft_actor_loss(q, logp, torch.tensor([0.5])).item() == ((-0.5 - 1) + (1.5 - 3)) / 2
+
+
 # Temperature
 
 
