@@ -60,7 +60,7 @@ class Args:
     epsilon: float = 0.05  # ε in the end; it falls linearly from 1
     epsilon_steps: int = 10_000  # steps after burn-in until it is there
     gamma: float = 0.99  # γ, the discount
-    n_step: int = 3  # N, rewards in a target before the value of the state after them
+    n_step: int = 10  # N, rewards in a target before the value of the state after them
     buffer_size: int = 100_000  # transitions kept, the oldest is overwritten
     batch_size: int = 128  # transitions in an update
     utd: float = 0.5  # updates per environment step: 0.25 is one in four steps, 4 four a step
