@@ -51,7 +51,7 @@ def run(arguments, alpha, seed):
 
 
 def report(arguments):
-    """A table on standard output, and the plot."""
+    """The table in README.md, and the plot."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -65,9 +65,10 @@ def report(arguments):
             pairs = [(line["return_mean"], line["effective_sample_size"]) for line in lines]
             values, sizes = np.array(pairs, float).T
             points.append((alpha, values.mean(), *returns.interval(values), sizes.mean()))
-    print(f"\n| α, {arguments.env} | return | 95% | effective samples |\n|---|---|---|---|")
+    table = [f"| α, {arguments.env} | return | 95% | effective samples |", "|---|---|---|---|"]
     for alpha, mean, low, high, size in points:
-        print(f"| {alpha:g} | {mean:.1f} | {low:.1f} to {high:.1f} | {100 * size:.0f}% |")
+        table.append(f"| {alpha:g} | {mean:.1f} | {low:.1f} to {high:.1f} | {100 * size:.0f}% |")
+    returns.write_between(returns.HERE / "README.md", "temperature", table)
     if points:
         alphas, means, lows, highs, _ = np.transpose(points)
         figure, axes = plt.subplots(figsize=(5, 3.5), layout="constrained")
