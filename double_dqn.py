@@ -59,7 +59,7 @@ class Args:
     utd: float = 0.5  # updates per environment step: 0.25 is one in four steps, 4 four a step
     learning_rate: float = 1e-3  # Adam's step size
     anneal_lr: bool = True  # linear decay, to 0 at --total-timesteps, also where --resume raises it
-    target_every: int = 0  # K, updates between hard copies to the target network; 0 without τ: 200
+    target_every: int = 0  # K, updates between hard copies to the target network; 0 without τ: 50
     tau: float = 0.0  # τ, the document's α, share of θ in a soft update at each; 0: hard copies
     loss: Literal["huber", "squared"] = "huber"  # of the TD error
     delta: float = 1.0  # δ, where the Huber loss turns from quadratic to linear
@@ -216,7 +216,7 @@ def train(args: Args) -> np.ndarray:
     check(args)
     if args.tau > 0 and args.target_every > 0:
         stop("--tau and --target-every exclude each other: soft updates or hard copies")
-    target_every, tau = (1, args.tau) if args.tau > 0 else (args.target_every or 200, 1.0)
+    target_every, tau = (1, args.tau) if args.tau > 0 else (args.target_every or 50, 1.0)
     gamma, utd, burn_in, device = args.gamma, args.utd, args.burn_in, args.device
 
     # 1. Initialise.
