@@ -53,11 +53,11 @@ def pytest_runtest_makereport(item, call):
     """Beside a failure, the equations that the test verifies or whose functions it calls."""
     if not call.excinfo or not hasattr(item, "function"):
         return
-    called = set(re.findall(r"\w+", inspect.getsource(item.function))) - {"train", item.originalname}
+    used = set(re.findall(r"\w+", inspect.getsource(item.function))) - {"train"}
     rows = []
     for section, n, _, where in (line.split("\t") for line in TABLE):
         names = {place.split(":")[-1] for place in where.split()}
-        if item.originalname in names or names & called:
+        if names & used:
             rows.append(f"[{section}, eq. {n}] {where}")
     if rows:
         item.add_report_section(call.when, "equations", "\n".join(rows))

@@ -44,11 +44,16 @@ def column(rows: list, text) -> str:
     return "; ".join(f"{spans(numbers)}: {where}" for where, numbers in same.items() if where)
 
 
+def equations() -> list[list[str]]:
+    """Section, number, kind and place of each equation."""
+    lines = (ROOT / "tests/equations.tsv").read_text(encoding="utf-8").splitlines()[1:]
+    return [line.split("\t") for line in lines]
+
+
 def table() -> str:
     """The table, from tests/equations.tsv."""
-    lines = (ROOT / "tests/equations.tsv").read_text(encoding="utf-8").splitlines()[1:]
     text = ["| section | computed by | verified in |", "|---|---|---|"]
-    for section, rows in itertools.groupby((line.split("\t") for line in lines), lambda row: row[0]):
+    for section, rows in itertools.groupby(equations(), lambda row: row[0]):
         rows = list(rows)
         text.append(f"| {section} | {column(rows, functions)} | {column(rows, files)} |")
     return "\n".join(text)
@@ -56,10 +61,9 @@ def table() -> str:
 
 def summary() -> str:
     """How many equations are of which kind."""
-    lines = (ROOT / "tests/equations.tsv").read_text(encoding="utf-8").splitlines()[1:]
-    count = Counter(line.split("\t")[2] for line in lines)
+    count = Counter(row[2] for row in equations())
     kinds = "{implemented} implemented, {verified} verified, {definition} that state a name"
-    return f"<summary>{len(lines)} equations: {kinds.format(**count)}</summary>"
+    return f"<summary>{count.total()} equations: {kinds.format(**count)}</summary>"
 
 
 def readme() -> str:
