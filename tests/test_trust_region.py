@@ -472,6 +472,27 @@ def test_a_small_kl_does_not_bound_the_ratio():
     assert kl(pi, mu) < 1e-2 and (mu / pi).min() < 0.0011
 
 
+def test_the_kl_called_forward_is_the_one_that_seeks_a_mode():
+    """One bump π fitted to the two of μ: KL(π ‖ μ) takes one of them, as what is elsewhere called
+    reverse, and KL(μ ‖ π) covers both, as what is elsewhere called forward.
+    """
+    x = torch.linspace(-6, 6, 241, dtype=F64)
+
+    def bump(mean, sigma):
+        p = torch.exp(-((x - mean) ** 2) / (2 * sigma**2)).clamp(min=1e-12)
+        return p / p.sum()
+
+    def kl(p, q):
+        return (p * (p / q).log()).sum()
+
+    mu = (bump(-2, 0.5) + bump(2, 0.5)) / 2
+    shapes = [(i / 4, j / 10) for i in range(-12, 13) for j in range(3, 31)]
+    of_pi = min(shapes, key=lambda shape: kl(bump(*shape), mu))
+    of_mu = min(shapes, key=lambda shape: kl(mu, bump(*shape)))
+    assert (abs(of_pi[0]), of_pi[1]) == (2, 0.5)
+    assert of_mu == pytest.approx((0, math.sqrt(0.5**2 + 2**2)), abs=0.1)
+
+
 def test_importance_sampling_and_its_variance():
     """E_q[p/q f] = E_p[f]   [Importance Sampling, eq. 1], where q > 0 wherever p f is not 0.
 
