@@ -38,6 +38,21 @@ COLUMNS = (
     "torch python cpu"
 ).split()
 EVALUATIONS = 20  # during training, for rows whose metric is the best of them
+COLORS = dict(  # of a script in every plot
+    reinforce="black",
+    a2c="tab:blue",
+    a3c="tab:cyan",
+    cem="tab:olive",
+    cmaes="tab:green",
+    nes="limegreen",
+    dqn="tab:purple",
+    double_dqn="orchid",
+    awr="tab:brown",
+    ppo="tab:red",
+    ddpg="goldenrod",
+    td3="tab:orange",
+    sac="tab:gray",
+)
 LOCK = threading.Lock()
 
 
@@ -379,9 +394,10 @@ def draw(axes, row, points):
     from matplotlib.ticker import EngFormatter
 
     bands = np.array([interval(column) for column in curves.T])
-    (line,) = axes.plot(x, curves.mean(0), label=row["script"])
-    axes.fill_between(x, *bands.T, alpha=0.25, color=line.get_color(), linewidth=0)
-    axes.axhline(row["reference"], linestyle=":", color=line.get_color(), linewidth=1)
+    color = COLORS[row["script"]]
+    axes.plot(x, curves.mean(0), label=row["script"], color=color)
+    axes.fill_between(x, *bands.T, alpha=0.25, color=color, linewidth=0)
+    axes.axhline(row["reference"], linestyle=":", color=color, linewidth=1)
     axes.set(title=row["env"], xlabel="environment steps", ylabel="return of an episode")
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))  # 200k
     axes.locator_params(axis="x", nbins=5)
