@@ -57,6 +57,7 @@ class Args:
     buffer_size: int = 100_000  # transitions kept, the oldest is overwritten
     batch_size: int = 128  # transitions in an update
     utd: float = 0.5  # updates per environment step: 0.25 is one in four steps, 4 four a step
+    update_every: int = 1  # steps between rounds of updates, in which the policy stays as it is
     learning_rate: float = 1e-3  # Adam's step size
     anneal_lr: bool = True  # linear decay, to 0 at --total-timesteps, also where --resume raises it
     target_every: int = 0  # K, updates between hard copies to the target network; 0 without τ: 50
@@ -217,7 +218,8 @@ def train(args: Args) -> np.ndarray:
     if args.tau > 0 and args.target_every > 0:
         stop("--tau and --target-every exclude each other: soft updates or hard copies")
     target_every, tau = (1, args.tau) if args.tau > 0 else (args.target_every or 50, 1.0)
-    gamma, utd, burn_in, device = args.gamma, args.utd, args.burn_in, args.device
+    gamma, utd, update_every = args.gamma, args.utd, args.update_every
+    burn_in, device = args.burn_in, args.device
 
     # 1. Initialise.
     if args.hidden * args.hidden_2 * args.batch_size < 2**23:
@@ -272,8 +274,9 @@ def train(args: Args) -> np.ndarray:
                 run.episodes.append((sum(rewards), len(rewards)))
                 starts.append((start_value, n_step_return(rewards, gamma)))
 
-            first = math.floor(utd * max(step - burn_in, 0))
-            for update in range(first, math.floor(utd * max(step + 1 - burn_in, 0))):
+            begin = step + 1 - (update_every if (step + 1) % update_every == 0 else 0)
+            first, due = (math.floor(utd * max(s - burn_in, 0)) for s in (begin, step + 1))
+            for update in range(first, due):
                 # 4. Sample.
                 batch = buffer.sample(args.batch_size, rng, device)
                 b_obs, b_action, b_reward, b_next_obs, b_bootstrap = batch

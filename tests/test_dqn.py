@@ -197,6 +197,16 @@ def test_updates_are_exactly_the_ratio(tmp_path, monkeypatch, utd):
     assert len(updates) == int(utd * 211)
 
 
+def test_updates_come_in_rounds(tmp_path, monkeypatch):
+    """As many as without rounds, but at the ends of 16 steps, where the policy changes."""
+    events, step, add = [], dqn.Adam.step, dqn.ReplayBuffer.add
+    monkeypatch.setattr(dqn.Adam, "step", lambda *a: events.append("update") or step(*a))
+    monkeypatch.setattr(dqn.ReplayBuffer, "add", lambda *a: events.append("step") or add(*a))
+    trained(dqn, tmp_path, "Both-v0", 320, utd=0.5, burn_in=100, update_every=16, n_step=1)
+    at = [events[:i].count("step") for i, event in enumerate(events) if event == "update"]
+    assert len(at) == 110 and {i % 16 for i in at} == {0}
+
+
 @pytest.mark.parametrize("options", [{"target_every": 7, "tau": 0.0}, {"tau": 0.1}], ids=str)
 def test_target_network(tmp_path, monkeypatch, options):
     """Hard: the weights of the last multiple of K updates. Soft: the exponential average."""
