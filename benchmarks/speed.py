@@ -43,13 +43,14 @@ def ours(row, threads, extra="", processes=0):
         )
         output = done.stdout.read()
         _, status, usage = os.wait4(done.pid, 0)
+        seconds = time.time() - start
         if status:
             sys.exit(f"{line}\nfailed")
         return SimpleNamespace(
             speed=scalars(run_dir, "charts/SPS")[1][-1],
             length=scalars(run_dir, "charts/episodic_length")[1].mean(),
             result=dict(pair.split("=") for pair in output.splitlines()[-1].split()),
-            seconds=time.time() - start,
+            seconds=seconds,
             megabytes=usage.ru_maxrss / 1024,
         )
 
@@ -115,7 +116,9 @@ def peer(row, threads, steps, episodes=0):
     start = time.time()
     done = subprocess.Popen(line, stdout=subprocess.PIPE, text=True)
     output = done.stdout.read()
-    _, _, usage = os.wait4(done.pid, 0)
+    _, status, usage = os.wait4(done.pid, 0)
+    if status:
+        sys.exit(f"{row['name']}: the peer failed")
     return *json.loads(output.splitlines()[-1]), time.time() - start, usage.ru_maxrss / 1024
 
 
