@@ -276,7 +276,8 @@ def judge(row):
     whole = ours.keys() <= peer.keys()  # the peer's bar is of the same seeds
     peer_mean = np.mean([peer[seed] for seed in ours]) if ours and whole else None
     out = {"row": row, "seeds": len(ours), "peer": peer_mean}
-    if len(ours) < (5 if row["tier"] == "standard" else 3):
+    seconds = np.median([float(line["wall_seconds"]) for line in ours.values()]) if ours else 0
+    if len(ours) < (3 if row["tier"] == "full" or seconds > 600 else 5):  # 3 of over 10 minutes
         return {**out, "verdict": "stale" if stale else "unfinished" if ours else "not run"}
     values = np.array([float(line["return_mean"]) for line in ours.values()])
     low, high = interval(values)
@@ -287,7 +288,6 @@ def judge(row):
         verdict = "published"
     elif high >= bar - row["tolerance"]:
         verdict = "level"
-    seconds = np.median([float(line["wall_seconds"]) for line in ours.values()])
     return {**out, "values": values, "low": low, "high": high, "verdict": verdict, "wall": seconds}
 
 

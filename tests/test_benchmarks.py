@@ -51,17 +51,20 @@ def test_only_what_decides_a_result_makes_it_stale(tmp_path, monkeypatch):
     ],
 )
 def test_verdicts(monkeypatch, ours, peer, verdict):
-    row = {"script": "ppo", "env": "CartPole-v1", "steps": 10, "metric": "greedy", "tier": "full"}
+    row = {"script": "ppo", "env": "CartPole-v1", "steps": 10, "metric": "greedy", "tier": "standard"}
     row |= {"reference": 500, "tolerance": 5, "peer": {"algorithm": "PPO"}}
     lines = []
     for script, values in (("ppo", ours), ("sb3-ppo", peer or [])):
         for seed, value in enumerate(values, 1):
             line = {"script": script, "env": row["env"], "seed": str(seed), "metric": "greedy"}
-            line |= {"return_mean": str(value), "wall_seconds": "1", "env_steps": "10"}
+            line |= {"return_mean": str(value), "wall_seconds": "601", "env_steps": "10"}
             lines.append(line | {"script_sha": "now"})
     stray = {**lines[0], "seed": "101"}, {**lines[0], "seed": "9", "metric": "best"}
     monkeypatch.setattr(returns, "measured", lambda: [*lines, *stray])
     monkeypatch.setattr(returns, "sha", lambda row, peer=False: "now")
-    assert returns.judge(row)["verdict"] == verdict
+    assert returns.judge(row)["verdict"] == verdict  # of runs over ten minutes three are enough
+    short = [{**line, "wall_seconds": "599"} for line in lines]
+    monkeypatch.setattr(returns, "measured", lambda: short)
+    assert returns.judge(row)["verdict"] == "unfinished"
     monkeypatch.setattr(returns, "sha", lambda row, peer=False: "later")
     assert returns.judge(row)["verdict"] == "stale"
