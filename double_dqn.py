@@ -54,7 +54,7 @@ class Args:
     epsilon_steps: int = 10_000  # steps after burn-in until it is there
     gamma: float = 0.99  # γ, the discount
     n_step: int = 10  # N, rewards in a target before the value of the state after them
-    buffer_size: int = 25_000  # transitions kept: N rewards under an old policy mislead
+    buffer_size: int = 25_000  # transitions kept: older rewards are those of a policy long gone
     batch_size: int = 128  # transitions in an update
     utd: float = 0.5  # updates per environment step: 0.25 is one in four steps, 4 four a step
     update_every: int = 1  # steps between rounds of updates, in which the policy stays as it is
