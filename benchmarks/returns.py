@@ -314,7 +314,8 @@ def report(arguments):
             line += f"| {result['seeds']} | {result['wall']:.0f} s "
         else:
             line += "| | | | "
-        lines.append(f"{line}| {result['verdict']} |")
+        remark = f"; {row['remark']}" if "remark" in row else ""
+        lines.append(f"{line}| {result['verdict']}{remark} |")
     lines += ["", "Each row again, with seed 1:", "", "```"]
     lines += [f"python {row['script']}.py --seed 1 {command(row)}" for row in table]
     write_between(HERE / "README.md", "returns", [*lines, "```"])
