@@ -12,8 +12,8 @@ Notation: θ_i -> theta -> (n, d), d parameters a policy;  μ, σ² -> mu, var -
 F -> fitness -> (n,);  θ' -> elites -> (k, d), k = ⌊ρn⌋.
 
 All candidates act at once, in one batched product. The return of an episode is undiscounted and, as
-there is no value function, that of a truncated one is used as it is. Beyond the document: η may
-decay, as in Szita and Lőrincz's paper. The policy that is evaluated is that of the mean μ.
+there is no value function, that of a truncated one is used as it is. Beyond the document: η decays,
+as in Szita and Lőrincz's paper. The policy that is evaluated is that of the mean μ.
 
 Paper: Szita and Lőrincz 2006, Learning Tetris Using the Noisy Cross-Entropy Method.
 """
@@ -43,14 +43,14 @@ LIMITS = {"rho": (0, 1), "layers": (0, 2), "init_mean": (-1e18, 1e18)}  # not th
 
 @dataclass
 class Args:
-    total_timesteps: int = 100_000  # environment steps of all candidates; generations are not cut
+    total_timesteps: int = 200_000  # environment steps of all candidates; generations are not cut
     candidates: int = 64  # n, candidates in a generation
     rho: float = 0.2  # ρ, share of the candidates that are elites: ⌊ρn⌋, at least one
     episodes: int = 1  # L, episodes of each candidate
     init_mean: float = 0.0  # μ at the start, in each coordinate; the document's is 0
     init_var: float = 100.0  # σ² at the start, in each coordinate; the document's is 100
-    noise: float = 0.01  # η, added to the variance
-    decay_noise: bool = False  # η falls linearly, to 0 at --total-timesteps
+    noise: float = 1.0  # η, added to the variance
+    decay_noise: bool = True  # η falls linearly, to 0 at --total-timesteps
     common_seeds: bool = False  # the candidates of a generation start from the same states
     layers: int = 1  # hidden layers: 0 (a linear policy), 1 or 2
     hidden: int = 32  # units in each of them

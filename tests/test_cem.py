@@ -145,9 +145,9 @@ def test_reward_depends_on_action_and_observation(tmp_path, more):
     assert cem.train(options(tmp_path, "Matched-v0", 2_000, **more)).mean() == 1
 
 
-@pytest.mark.parametrize("decay", [False, True])
-def test_continuous_action(tmp_path, decay):
-    more = dict(decay_noise=decay, layers=0, episodes=4)
+@pytest.mark.parametrize(("noise", "decay"), [(0.01, False), (1.0, True)])
+def test_continuous_action(tmp_path, noise, decay):
+    more = dict(noise=noise, decay_noise=decay, layers=0, episodes=4)
     returns = cem.train(options(tmp_path, "MatchedBox-v0", 4_000, **more))
     assert returns.mean() > -0.1  # a constant action gets -4 at best
 
