@@ -57,7 +57,7 @@ LIMITS = {"gamma": (0, 1)}  # of options that end at 1
 
 @dataclass
 class Args:
-    total_timesteps: int = 200_000  # environment steps, over all workers
+    total_timesteps: int = 100_000  # environment steps, over all workers
     workers: int = 2  # processes, each with an environment of its own
     k_step: int = 16  # k, steps at most of a worker between its updates
     gamma: float = 0.99  # γ, the discount
