@@ -51,7 +51,13 @@ def test_only_what_decides_a_result_makes_it_stale(tmp_path, monkeypatch):
     ],
 )
 def test_verdicts(monkeypatch, ours, peer, verdict):
-    row = {"script": "ppo", "env": "CartPole-v1", "steps": 10, "metric": "greedy", "tier": "standard"}
+    row = {
+        "script": "ppo",
+        "env": "CartPole-v1",
+        "steps": 10,
+        "metric": "greedy",
+        "tier": "standard",
+    }
     row |= {"reference": 500, "tolerance": 5, "peer": {"algorithm": "PPO"}}
     lines = []
     for script, values in (("ppo", ours), ("sb3-ppo", peer or [])):
@@ -68,3 +74,30 @@ def test_verdicts(monkeypatch, ours, peer, verdict):
     assert returns.judge(row)["verdict"] == "unfinished"
     monkeypatch.setattr(returns, "sha", lambda row, peer=False: "later")
     assert returns.judge(row)["verdict"] == "stale"
+
+
+@pytest.mark.parametrize(
+    ("mean", "point", "stand"), [("9.0", "3", True), ("9.1", "3", False), ("9.0", "4", False)]
+)
+def test_other_seeds_stand_only_where_seed_1_is_as_it_was(
+    tmp_path, monkeypatch, mean, point, stand
+):
+    """The result and the learning curve of seed 1 must both be the same under the new hash."""
+    row = {"script": "x", "env": "E-v0"}
+    monkeypatch.setattr(returns, "rows", lambda _: [row])
+    monkeypatch.setattr(returns, "sha", lambda _: "new")
+    monkeypatch.setattr(returns, "RESULTS", tmp_path / "returns.csv")
+    monkeypatch.setattr(returns, "CURVES", tmp_path / "curves.csv")
+    columns = ["script", "env", "seed", "script_sha"]
+    runs = [("1", "old", "9.0", "3"), ("2", "old", "8.0", "5"), ("1", "new", mean, point)]
+    for seed, sha, value, at_10 in runs:
+        line = {**row, "seed": seed, "script_sha": sha}
+        result = {"env_steps": "10", "metric": "greedy", "return_mean": value, "return_std": "0"}
+        returns.append(returns.RESULTS, [*columns, *result], [line | result])
+        at = {"step": "10", "return": at_10}
+        returns.append(returns.CURVES, [*columns, *at], [line | at])
+    for _ in range(2):  # a second call finds nothing to do
+        returns.carry(ALL)
+        new = [line for line in returns.measured() if line["script_sha"] == "new"]
+        assert [line["return_mean"] for line in new] == ([mean, "8.0"] if stand else [mean])
+    assert returns.CURVES.read_text().count("new") == len(new)
