@@ -52,7 +52,7 @@ LIMITS = {"candidates": (2, 1e9), "sigma": (1e-9, 1e9), "layers": (0, 2)}  # not
 
 @dataclass
 class Args:
-    total_timesteps: int = 100_000  # environment steps of all candidates; generations are not cut
+    total_timesteps: int = 500_000  # environment steps of all candidates; generations are not cut
     candidates: int = 24  # n, candidates in a generation, shared out among torchrun's processes
     sigma: float = 0.3  # σ, deviation of the candidates from the mean in each coordinate
     learning_rate: float = 0.1  # α, step size

@@ -5,8 +5,9 @@
 
 Each finished run is appended to results/temperature.csv, so that an interrupted call goes on where
 it was; script_sha is that of returns.py, and a run whose hash is not today's is run again. All runs
-of today's hash are in the table and in plots/temperature.png: the greedy return of 100 episodes.
-Effective samples: the share of the buffer that the weights leave, in the last iteration.
+of today's hash are in the table and in plots/temperature.png: the greedy return of 100 episodes,
+with weights clipped at awr.py's default of 20, and with a clip so high that few reach it. Effective
+samples: the share of the buffer that the weights leave, in the last iteration.
 """
 
 import argparse
@@ -19,14 +20,20 @@ import numpy as np
 import returns
 
 RESULTS, PLOT = returns.HERE / "results/temperature.csv", returns.HERE / "plots/temperature.png"
-COLUMNS = "env alpha seed env_steps return_mean effective_sample_size wall_seconds script_sha"
+COLUMNS = (
+    "env alpha max_weight seed env_steps return_mean effective_sample_size wall_seconds script_sha"
+)
 ALPHAS = [0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0]
+CLIPS = {
+    20.0: "weights at most 20",
+    1e12: "at most 10¹²",
+}  # the squares of 1e20 would not be finite
 
 
-def row(arguments, alpha):
+def row(arguments, alpha, clip):
     """A row as returns.toml has them."""
     fields = {"script": "awr", "env": arguments.env, "steps": arguments.steps, "metric": "greedy"}
-    return fields | {"options": f"--alpha {alpha:g}"}
+    return fields | {"options": f"--alpha {alpha:g} --max-weight {clip:g}"}
 
 
 def measured():
@@ -37,17 +44,17 @@ def measured():
         return list(csv.DictReader(file))
 
 
-def run(arguments, alpha, seed):
+def run(arguments, alpha, clip, seed):
     """One run, appended to the table."""
-    what = row(arguments, alpha)
+    what = row(arguments, alpha, clip)
     with tempfile.TemporaryDirectory() as run_dir:
         values, _ = returns.run_ours(what, seed, run_dir)
         sizes = returns.scalars(run_dir, "losses/effective_sample_size")[1]
-    line = {"env": arguments.env, "alpha": f"{alpha:g}", "seed": seed}
+    line = {"env": arguments.env, "alpha": f"{alpha:g}", "max_weight": f"{clip:g}", "seed": seed}
     line |= {name: values[name] for name in ("env_steps", "return_mean", "wall_seconds")}
     line |= {"effective_sample_size": f"{sizes[-1]:.3g}", "script_sha": returns.sha(what)}
     returns.append(RESULTS, COLUMNS.split(), [line])
-    print(f"alpha {alpha:g} seed {seed}: {values['return_mean']:.1f}", flush=True)
+    print(f"alpha {alpha:g} clip {clip:g} seed {seed}: {values['return_mean']:.1f}", flush=True)
 
 
 def report(arguments):
@@ -57,26 +64,38 @@ def report(arguments):
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    points = []
-    for alpha in sorted({float(line["alpha"]) for line in measured()}):
-        today = returns.sha(row(arguments, alpha))
-        lines = [line for line in measured() if line["script_sha"] == today]
-        if lines:
+    titles = [f"{name} | 95% | effective samples" for name in CLIPS.values()]
+    table = [f"| α, {arguments.env} | {' | '.join(titles)} |", "|---" * 7 + "|"]
+    cells = {alpha: [f"{alpha:g}"] for alpha in arguments.alphas}
+    figure, axes = plt.subplots(figsize=(5, 3.5), layout="constrained")
+    for clip, name in CLIPS.items():
+        points = []
+        for alpha in arguments.alphas:
+            today = returns.sha(row(arguments, alpha, clip))
+            lines = [line for line in measured() if line["script_sha"] == today]
+            if not lines:
+                cells[alpha] += [""] * 3
+                continue
             pairs = [(line["return_mean"], line["effective_sample_size"]) for line in lines]
             values, sizes = np.array(pairs, float).T
-            points.append((alpha, values.mean(), *returns.interval(values), sizes.mean()))
-    table = [f"| α, {arguments.env} | return | 95% | effective samples |", "|---|---|---|---|"]
-    for alpha, mean, low, high, size in points:
-        table.append(f"| {alpha:g} | {mean:.1f} | {low:.1f} to {high:.1f} | {100 * size:.0f}% |")
+            mean, (low, high) = values.mean(), returns.interval(values)
+            points.append((alpha, mean, low, high))
+            cells[alpha] += [
+                f"{mean:.1f}",
+                f"{low:.1f} to {high:.1f}",
+                f"{100 * sizes.mean():.0f}%",
+            ]
+        if points:
+            alphas, means, lows, highs = np.transpose(points)
+            bars = means - lows, highs - means
+            axes.errorbar(alphas, means, bars, marker="o", capsize=3, label=name)
+    table += [f"| {' | '.join(line)} |" for line in cells.values()]
     returns.write_between(returns.HERE / "README.md", "temperature", table)
-    if points:
-        alphas, means, lows, highs, _ = np.transpose(points)
-        figure, axes = plt.subplots(figsize=(5, 3.5), layout="constrained")
-        axes.errorbar(alphas, means, (means - lows, highs - means), marker="o", capsize=3)
-        axes.set(xscale="log", xlabel="temperature α", ylabel="greedy return")
-        axes.set_title(f"awr.py, {arguments.env}, {arguments.steps:,} steps")
-        PLOT.parent.mkdir(exist_ok=True)
-        figure.savefig(PLOT, dpi=120)
+    axes.set(xscale="log", xlabel="temperature α", ylabel="greedy return")
+    axes.set_title(f"awr.py, {arguments.env}, {arguments.steps:,} steps")
+    axes.legend()
+    PLOT.parent.mkdir(exist_ok=True)
+    figure.savefig(PLOT, dpi=120)
 
 
 def main():
@@ -88,14 +107,13 @@ def main():
     parser.add_argument("--jobs", type=int, default=2, help="runs side by side")
     arguments = parser.parse_args()
     have = {(line["script_sha"], line["seed"]) for line in measured()}
-    pairs = itertools.product(arguments.alphas, arguments.seeds)
     todo = [
-        (alpha, seed)
-        for alpha, seed in pairs
-        if (returns.sha(row(arguments, alpha)), str(seed)) not in have
+        (alpha, clip, seed)
+        for alpha, clip, seed in itertools.product(arguments.alphas, CLIPS, arguments.seeds)
+        if (returns.sha(row(arguments, alpha, clip)), str(seed)) not in have
     ]
     with ThreadPoolExecutor(arguments.jobs) as pool:
-        list(pool.map(lambda pair: run(arguments, *pair), todo))
+        list(pool.map(lambda what: run(arguments, *what), todo))
     report(arguments)
 
 
