@@ -6,8 +6,8 @@
 Each finished run is appended to results/temperature.csv, so that an interrupted call goes on where
 it was; script_sha is that of returns.py, and a run whose hash is not today's is run again. All runs
 of today's hash are in the table and in plots/temperature.png: the greedy return of 100 episodes,
-with weights clipped at awr.py's default of 20, and with a clip so high that few reach it. Effective
-samples: the share of the buffer that the weights leave, in the last iteration.
+with weights clipped at awr.py's default of 20, and at 10¹². Effective samples: the share of the
+buffer that the weights leave, in the last iteration.
 """
 
 import argparse
@@ -24,10 +24,8 @@ COLUMNS = (
     "env alpha max_weight seed env_steps return_mean effective_sample_size wall_seconds script_sha"
 )
 ALPHAS = [0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0]
-CLIPS = {
-    20.0: "weights at most 20",
-    1e12: "at most 10¹²",
-}  # the squares of 1e20 would not be finite
+# The second is as good as none, but at the least α; Adam squares gradients, so 1e20 is too high.
+CLIPS = {20.0: "weights at most 20", 1e12: "at most 10¹²"}
 
 
 def row(arguments, alpha, clip):
