@@ -57,7 +57,7 @@ LIMITS = {"gamma": (0, 1)}  # of options that end at 1
 
 @dataclass
 class Args:
-    total_timesteps: int = 100_000  # environment steps, over all workers
+    total_timesteps: int = 200_000  # environment steps, over all workers
     workers: int = 2  # processes, each with an environment of its own
     k_step: int = 16  # k, steps at most of a worker between its updates
     gamma: float = 0.99  # γ, the discount
@@ -299,6 +299,7 @@ def train(args: Args) -> np.ndarray:
     shared_theta.copy_(theta)
     total = max(args.total_timesteps, run.step)
     left, lock = mp.Value("q", total - run.step, lock=False), mp.Lock()  # steps not yet taken
+    main = os.getpid()
 
     def take_step() -> bool:
         """Count down by one, unless nothing is left."""
@@ -316,8 +317,8 @@ def train(args: Args) -> np.ndarray:
     def work(index: int) -> dict[str, Tensor]:
         """One worker, of which number 0 is the main process; returns the last losses."""
         rank = index + 1
-        if rank > 0:
-            signal.signal(signal.SIGINT, signal.default_int_handler)  # leave at once
+        if rank > 0:  # Ctrl-C is for the main process, whose death comes as the same signal
+            signal.signal(signal.SIGINT, lambda *_: os.getppid() == main or os._exit(1))
         torch.manual_seed(env_seed(args.seed, run.step, rank))
         np_obs = np.zeros((k + 1, obs_dim), np.float32)
         np_obs[0] = env.reset(seed=env_seed(args.seed, run.step, rank))[0]
