@@ -249,6 +249,8 @@ def initialise(args: Args, obs_dim: int, space: gym.spaces.Box) -> tuple:
     """Networks, their parameters as vectors of which they are views, and optimisers."""
     action_dim = space.low.size
     actor = Actor(obs_dim, space, args.hidden, action_dim).to(args.device)
+    for x in actor.layers[-1].parameters():
+        nn.init.uniform_(x, -3e-3, 3e-3)  # as in the paper: actions near 0, where tanh is steep
     critic = QNetworks(obs_dim, action_dim, args.hidden, 1).to(args.device)
     networks = {"actor": actor, "critic": critic}
     networks |= {"target_actor": copy.deepcopy(actor), "target_critic": copy.deepcopy(critic)}

@@ -86,10 +86,12 @@ def dump(node):
 
 
 @functools.cache
-def script_dump(path, _modified):
-    """The syntax tree of a script without docstrings and annotations, as text."""
+def script_dump(path, given, _modified):
+    """The syntax tree without docstrings, annotations and the defaults of given options, as text."""
     tree = ast.parse(path.read_text(encoding="utf-8"))
     for node in ast.walk(tree):
+        if isinstance(node, ast.AnnAssign) and node.target.id in given:
+            node.value = None
         documented = isinstance(node, (ast.FunctionDef, ast.ClassDef, ast.Module))
         if documented and ast.get_docstring(node) is not None:
             node.body = node.body[1:]
@@ -107,7 +109,8 @@ def sha(row, peer=False):
         text = f"{pinned} {row['env']} {row['steps']} {sorted(row['peer'].items())}"
         return hashlib.sha256(text.encode()).hexdigest()[:12]
     path = ROOT / f"{row['script']}.py"
-    text = f"{script_dump(path, path.stat().st_mtime_ns)} {command(row)}"
+    given = tuple(name.replace("-", "_") for name in re.findall(r"--(\S+)", command(row)))
+    text = f"{script_dump(path, given, path.stat().st_mtime_ns)} {command(row)}"
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
