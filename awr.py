@@ -57,7 +57,7 @@ LIMITS = {"gamma": (0, 0.99999), "gae_lambda": (0, 1), "alpha": (1e-6, 1e18)}
 
 @dataclass
 class Args:
-    total_timesteps: int = 50_000  # environment steps; with --data, N T are counted an iteration
+    total_timesteps: int = 80_000  # environment steps; with --data, N T are counted an iteration
     num_envs: int = 16  # N, environments
     num_steps: int = 128  # T, steps of each environment between updates
     buffer_size: int = 50_000  # transitions kept, in whole rollouts of N T

@@ -50,8 +50,8 @@ COLORS = dict(  # of a script in every plot
     double_dqn="orchid",
     awr="tab:brown",
     ppo="tab:red",
-    ddpg="goldenrod",
-    td3="tab:orange",
+    ddpg="tab:orange",
+    td3="navy",
     sac="tab:gray",
 )
 LOCK = threading.Lock()
