@@ -22,7 +22,8 @@ the environment's low to high are scaled to;  r, f -> reward, bootstrap -> (B,);
 
 A time limit (truncated) does not end the value: only terminated does. The document takes a' from
 the current policy; here, as in the paper, it is the target actor's. Its noise is not correlated in
-time, as in the document and unlike the paper's. Weights are torch's, not the paper's.
+time, as in the document and unlike the paper's. Weights begin as torch's, but those of the actor's
+last layer as the paper's.
 
 Paper: Lillicrap et al. 2016, Continuous control with deep reinforcement learning, 1509.02971.
 """

@@ -19,7 +19,8 @@ the environment's low to high are scaled to;  r, f -> reward, bootstrap -> (B,);
 (2, B), a row a critic;  θ, φ -> theta, phi;  y -> td_target -> (B,).
 
 A time limit (truncated) does not end the value: only terminated does. The document takes a' from
-the current policy; here, as in the paper, it is the target actor's.
+the current policy; here, as in the paper, it is the target actor's. All weights begin as torch's,
+those of the actor's last layer too, unlike in ddpg.py.
 
 Paper: Fujimoto et al. 2018, Addressing Function Approximation Error in Actor-Critic, 1802.09477.
 """

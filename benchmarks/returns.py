@@ -87,11 +87,13 @@ def dump(node):
 
 @functools.cache
 def script_dump(path, given, _modified):
-    """The syntax tree without docstrings, annotations and the defaults of given options, as text."""
+    """The syntax tree without docstrings, annotations and defaults of given options, as text."""
     tree = ast.parse(path.read_text(encoding="utf-8"))
     for node in ast.walk(tree):
-        if isinstance(node, ast.AnnAssign) and node.target.id in given:
-            node.value = None
+        if isinstance(node, ast.ClassDef) and node.name == "Args":
+            for field in node.body:
+                if isinstance(field, ast.AnnAssign) and field.target.id in given:
+                    field.value = None
         documented = isinstance(node, (ast.FunctionDef, ast.ClassDef, ast.Module))
         if documented and ast.get_docstring(node) is not None:
             node.body = node.body[1:]

@@ -36,6 +36,14 @@ def test_only_what_decides_a_result_makes_it_stale(tmp_path, monkeypatch):
     assert base != sha("def f(a):\n    return a + 2\n")
     assert base != sha("def f(a):\n    return a + 1\n", options="--gamma 0.9")
 
+    def args(gamma, tau):
+        return sha(f"class Args:\n    gamma: float = {gamma}\n    tau: float = {tau}\n", **given)
+
+    given = {"options": "--gamma 0.9"}
+    assert args(0.5, 0.1) == args(0.6, 0.1) != args(0.5, 0.2)
+    given = {}
+    assert args(0.5, 0.1) != args(0.6, 0.1)
+
 
 @pytest.mark.parametrize(
     ("ours", "peer", "verdict"),
