@@ -19,8 +19,8 @@ the environment's low to high are scaled to;  r, f -> reward, bootstrap -> (B,);
 (2, B), a row a critic;  θ, φ -> theta, phi;  y -> td_target -> (B,).
 
 A time limit (truncated) does not end the value: only terminated does. The document takes a' from
-the current policy; here, as in the paper, it is the target actor's. All weights begin as torch's,
-those of the actor's last layer too, unlike in ddpg.py.
+the current policy; here, as in the paper, it is the target actor's. Weights begin as torch's, but
+those of the actor's last layer as in ddpg.py.
 
 Paper: Fujimoto et al. 2018, Addressing Function Approximation Error in Actor-Critic, 1802.09477.
 """
@@ -258,6 +258,8 @@ def initialise(args: Args, obs_dim: int, space: gym.spaces.Box) -> tuple:
     """Networks, their parameters as vectors of which they are views, and optimisers."""
     action_dim = space.low.size
     actor = Actor(obs_dim, space, args.hidden, action_dim).to(args.device)
+    for x in actor.layers[-1].parameters():
+        nn.init.uniform_(x, -3e-3, 3e-3)  # as in DDPG's paper: actions near 0, where tanh is steep
     critic = QNetworks(obs_dim, action_dim, args.hidden, 2).to(args.device)
     networks = {"actor": actor, "critic": critic}
     networks |= {"target_actor": copy.deepcopy(actor), "target_critic": copy.deepcopy(critic)}

@@ -248,8 +248,9 @@ def test_networks_begin_as_torch_begins_them(script):
     assert not torch.equal(critic.w_1[0], critic.w_1[1]), "critics differ"
 
 
-def test_the_actors_last_layer_begins_as_in_the_paper_of_ddpg():
-    networks = ddpg.initialise(ddpg.Args(), 3, BOX)[0]
+@pytest.mark.parametrize("script", [ddpg, td3])
+def test_the_actors_last_layer_begins_as_in_the_paper_of_ddpg(script):
+    networks = script.initialise(script.Args(), 3, BOX)[0]
     for name in "actor", "target_actor":
         weights = networks[name].layers[-1].weight
         assert 2.9e-3 < weights.abs().max() <= 3e-3
