@@ -150,7 +150,7 @@ def test_rmsprop_is_torchs():
     theta, ours = torch.randn(2, 7)
     ours.copy_(theta)
     reference, rmsprop = torch.nn.Parameter(theta.clone()), a2c.RMSprop(ours)
-    optimizer = torch.optim.RMSprop([reference], alpha=0.99, eps=1e-5)
+    optimizer = torch.optim.RMSprop([reference], alpha=0.99, eps=0.1)
     for k in range(5):
         reference.grad = torch.randn(7)
         optimizer.param_groups[0]["lr"] = 0.1 / (k + 1)
@@ -158,6 +158,15 @@ def test_rmsprop_is_torchs():
         rmsprop.step(reference.grad, 0.1 / (k + 1))
     torch.testing.assert_close(ours, reference.detach())
     assert set(rmsprop.state_dict()) == {"v"}, "the state is in the checkpoint"
+
+
+def test_a_failure_after_long_calm_moves_no_weight_far():
+    """Less than η, where an ε small beside its gradient would make it 10 η."""
+    theta = torch.zeros(3)
+    rmsprop = a2c.RMSprop(theta)
+    for gradient, rate in [(0.05, 0.0)] * 100 + [(1e-6, 0.0)] * 2_000 + [(0.05, 1.0)]:
+        rmsprop.step(torch.full((3,), gradient), rate)
+    assert -1 < theta[0] < -0.4
 
 
 # Gradients
@@ -209,7 +218,7 @@ def test_the_gradient_is_clipped_and_the_rate_decays(tmp_path, monkeypatch, norm
 
 # Learning
 
-COMMON = dict(num_envs=16, num_steps=8, hidden=32, gamma=0.9, eval_episodes=20, learning_rate=3e-3)
+COMMON = dict(num_envs=16, num_steps=8, hidden=32, gamma=0.9, eval_episodes=20, learning_rate=3e-2)
 any_k = pytest.mark.parametrize("k_step", [1, 5, 0])
 
 
