@@ -55,7 +55,7 @@ LIMITS = {"gamma": (0, 1), "num_steps": (2, 1e18), "k_step": (0, 1e18)}
 
 @dataclass
 class Args:
-    total_timesteps: int = 500_000  # environment steps, over all environments and processes
+    total_timesteps: int = 200_000  # environment steps, over all environments and processes
     num_envs: int = 8  # N, environments, shared out among torchrun's processes
     num_steps: int = 16  # T, steps of each environment between updates, unless k = ∞
     k_step: int = 16  # k, rewards in a return before the value; 0: k = ∞, whole episodes
