@@ -54,7 +54,7 @@ LIMITS = {"gamma": (0, 1), "tau": (0, 1)}
 
 @dataclass
 class Args:
-    total_timesteps: int = 10_000  # environment steps
+    total_timesteps: int = 20_000  # environment steps
     burn_in: int = 1_000  # steps of random actions before the first update
     sigma: float = 0.1  # σ, deviation of the exploration noise, 1 being half the action's range
     target_sigma: float = 0.2  # σ_target, deviation of the noise on the target's action
