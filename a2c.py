@@ -182,7 +182,8 @@ class RMSprop(nn.Module):
     """torch's RMSprop on one vector θ, changed in place, with v, the mean of g², in a buffer.
 
     θ ← θ - η g / (√v + ε). ε is large, as is usual for A3C: where V_φ is exact for long, v fades,
-    and the next failure would move every weight by 10 η. torch.optim takes a second to import.
+    and with a small ε the next failure moves all weights by 10 η. It costs no import; that of
+    torch.optim takes a second.
     """
 
     def __init__(self, theta: Tensor):
