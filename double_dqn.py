@@ -48,19 +48,19 @@ LIMITS = {"gamma": (0, 1), "epsilon": (0, 1), "tau": (0, 1), "target_every": (0,
 
 @dataclass
 class Args:
-    total_timesteps: int = 35_000  # environment steps
+    total_timesteps: int = 50_000  # environment steps
     burn_in: int = 1_000  # steps of random actions before the first update
     epsilon: float = 0.05  # ε in the end; it falls linearly from 1
     epsilon_steps: int = 10_000  # steps after burn-in until it is there
     gamma: float = 0.99  # γ, the discount
-    n_step: int = 10  # N, rewards in a target before the value of the state after them
-    buffer_size: int = 25_000  # transitions kept: older rewards are those of a policy long gone
+    n_step: int = 20  # N, rewards in a target before the value of the state after them
+    buffer_size: int = 15_000  # transitions kept: older rewards are those of a policy long gone
     batch_size: int = 128  # transitions in an update
-    utd: float = 0.5  # updates per environment step: 0.25 is one in four steps, 4 four a step
+    utd: float = 0.3  # updates per environment step: 0.25 is one in four steps, 4 four a step
     update_every: int = 1  # steps between rounds of updates, in which the policy stays as it is
-    learning_rate: float = 2e-3  # Adam's step size
+    learning_rate: float = 1e-3  # Adam's step size
     anneal_lr: bool = True  # linear decay, to 0 at --total-timesteps, also where --resume raises it
-    target_every: int = 0  # K, updates between hard copies to the target network; 0 without τ: 50
+    target_every: int = 0  # K, updates between hard copies to the target network; 0 without τ: 100
     tau: float = 0.0  # τ, the document's α, share of θ in a soft update at each; 0: hard copies
     loss: Literal["huber", "squared"] = "huber"  # of the TD error
     delta: float = 1.0  # δ, where the Huber loss turns from quadratic to linear
@@ -217,7 +217,7 @@ def train(args: Args) -> np.ndarray:
     check(args)
     if args.tau > 0 and args.target_every > 0:
         stop("--tau and --target-every exclude each other: soft updates or hard copies")
-    target_every, tau = (1, args.tau) if args.tau > 0 else (args.target_every or 50, 1.0)
+    target_every, tau = (1, args.tau) if args.tau > 0 else (args.target_every or 100, 1.0)
     gamma, utd, update_every = args.gamma, args.utd, args.update_every
     burn_in, device = args.burn_in, args.device
 
