@@ -62,7 +62,7 @@ class Args:
     anneal_lr: bool = True  # linear decay, to 0 at --total-timesteps, also where --resume raises it
     target_every: int = 0  # K, updates between hard copies to the target network; 0 without τ: 100
     tau: float = 0.0  # τ, the document's α, share of θ in a soft update at each; 0: hard copies
-    loss: Literal["huber", "squared"] = "huber"  # of the TD error; squared suits noisy targets
+    loss: Literal["huber", "squared"] = "huber"  # of the TD error; LunarLander wants squared
     delta: float = 1.0  # δ, where the Huber loss turns from quadratic to linear
     max_grad_norm: float = 10.0  # clip of the gradient's global norm
     hidden: int = 64  # units in the first hidden layer
