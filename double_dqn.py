@@ -63,7 +63,7 @@ class Args:
     target_every: int = 0  # K, updates between hard copies to the target network; 0 without τ: 100
     tau: float = 0.0  # τ, the document's α, share of θ in a soft update at each; 0: hard copies
     loss: Literal["huber", "squared"] = "huber"  # of the TD error; LunarLander wants squared
-    delta: float = 1.0  # δ, where the Huber loss turns from quadratic to linear
+    delta: float = 10.0  # δ, where the Huber loss turns linear: a small one fits medians, not means
     max_grad_norm: float = 10.0  # clip of the gradient's global norm
     hidden: int = 64  # units in the first hidden layer
     hidden_2: int = 64  # units in the second

@@ -316,7 +316,8 @@ def judge(row):
     whole = ours.keys() <= peer.keys()  # the peer's bar is of the same seeds
     peer_mean = np.mean([peer[seed] for seed in ours]) if ours and whole else None
     out = {"row": row, "seeds": len(ours), "peer": peer_mean}
-    seconds = np.median([float(line["wall_seconds"]) for line in ours.values()]) if ours else 0
+    walls = [float(line["wall_seconds"]) for line in ours.values()]
+    seconds = np.median(walls) if ours else 0
     if len(ours) < (3 if row["tier"] == "full" or seconds > 600 else 5):  # 3 of over 10 minutes
         return {**out, "verdict": "stale" if stale else "unfinished" if ours else "not run"}
     values = np.array([float(line["return_mean"]) for line in ours.values()])
@@ -328,7 +329,8 @@ def judge(row):
         verdict = "published"
     elif high >= bar - row["tolerance"]:
         verdict = "level"
-    return {**out, "values": values, "low": low, "high": high, "verdict": verdict, "wall": seconds}
+    out |= {"values": values, "low": low, "high": high, "wall": seconds, "hours": sum(walls) / 3600}
+    return {**out, "verdict": verdict}
 
 
 def report(arguments):
@@ -338,7 +340,7 @@ def report(arguments):
         "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     arguments.tier = "all"
-    table = []
+    table, runs, hours = [], 0, 0.0
     for row in rows(arguments):
         result = judge(row)
         if row["tier"] == "full" and result["verdict"] == "not run":
@@ -352,10 +354,13 @@ def report(arguments):
                 f"| {result['values'].mean():.1f} | {result['low']:.1f} to {result['high']:.1f} "
             )
             line += f"| {result['seeds']} | {result['wall']:.0f} s "
+            if row["tier"] == "standard":
+                runs, hours = runs + result["seeds"], hours + result["hours"]
         else:
             line += "| | | | "
         remark = f"; {row['remark']}" if "remark" in row else ""
         lines.append(f"{line}| {result['verdict']}{remark} |")
+    lines += ["", f"The {runs} runs took {hours:.1f} hours together, half of that two at a time."]
     lines += ["", "Each row again, with seed 1:", "", "```"]
     lines += [f"python {row['script']}.py --seed 1 {command(row)}" for row in table]
     write_between(HERE / "README.md", "returns", [*lines, "```"])
