@@ -232,15 +232,16 @@ def ranks_row(row, repeats):
     return [spread(a), spread(b), spread(np.divide(a, b), "{:.2f}")]
 
 
-def growth_row(row, _):
-    """Steps per second as one option grows, or the number of processes; one run of each."""
+def growth_row(row, repeats):
+    """Steps per second as one option grows, or the number of processes; medians."""
     cells = []
     for value in row["values"]:
-        extra = f"--total-timesteps {row['steps']} {SHORT}"
+        processes, option = 0, f"{row['option']} {value}"
         if row["option"] == "processes":
-            cells.append(ours(row, 1, extra, value).speed)
-        else:
-            cells.append(ours(row, 1, f"{extra} {row['option']} {value}").speed)
+            processes, option = value, ""
+        extra = f"--total-timesteps {row['steps']} {SHORT} {option}"
+        runs = [ours(row, 1, extra, processes).speed for _ in range(repeats)]
+        cells.append(np.median(runs))
     return [f"{cell:,.0f}" for cell in cells]
 
 
