@@ -48,7 +48,7 @@ LIMITS = {"gamma": (0, 1), "epsilon": (0, 1), "tau": (0, 1), "target_every": (0,
 
 @dataclass
 class Args:
-    total_timesteps: int = 100_000  # environment steps; 50_000 are too few for one seed in ten
+    total_timesteps: int = 100_000  # environment steps; some seeds need more than 50_000
     burn_in: int = 1_000  # steps of random actions before the first update
     epsilon: float = 0.05  # ε in the end; it falls linearly from 1
     epsilon_steps: int = 10_000  # steps after burn-in until it is there

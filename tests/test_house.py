@@ -38,7 +38,7 @@ SAC = set(
     "tanh_gaussian sac_target soft_actor_loss temperature_gradient".split()
 )
 LINEAGE = {
-    "double_dqn": ("dqn", {"Args", "double_dqn_target", "dqn_target", "train"}, 10),
+    "double_dqn": ("dqn", {"Args", "double_dqn_target", "dqn_target", "train"}, 7),
     "td3": ("ddpg", TD3, None),
     "sac": ("td3", SAC, None),
     "a3c": ("a2c", {"Args", "train", "running_sums", "start_processes", "all_mean"}, None),
