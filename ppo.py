@@ -12,30 +12,53 @@ Derivations: "Proximal Policy Optimization (PPO)", "Importance Sampling",
     6.      L = E[min(r A^μ, clip(r, 1 - ε_low, 1 + ε_high) A^μ)]   or   E[r A^μ] - α KL(μ ‖ π_θ)
     7.      One Adam step on θ, φ up the gradient of  L + c_H H(π_θ) - c_V E[(V_φ - G)²]
     8.      After each pass over the batch: leave if KL(μ ‖ π_θ) exceeds its target.
-    9.  Update the running statistics of the observations; repeat from 2.
+    9.  Add the observations to the statistics that normalise them; repeat from 2.
 
 Notation: s -> obs -> (T+1, N, obs_dim);  a -> actions -> (T, N) or (T, N, action_dim);
-r_t, A^μ -> rewards, advantages -> (T, N);  V_φ -> values -> (T+1, N).  b_...: the real steps of the
-batch, flat: log μ, G -> b_logp_old, b_returns -> (B,). Of a minibatch: r, log π_θ -> ratio, logp.
+r_t, A^μ -> rewards, advantages -> (T, N);  V_φ -> values -> (T+1, N);  r(θ), log π_θ -> ratio,
+logp -> (B/M,).  b_... holds the B real steps of the batch: A^μ, G, log μ -> b_advantages,
+b_returns, b_logp_old -> (B,).
+
+A time limit (truncated) cuts the trace of an advantage but not the value: only terminated does.
 
 Beyond the document: GAE(λ) (Schulman et al. 2016, arXiv 1506.02438), of which the document's
-one-step advantage is λ = 0; standardised advantages, entropy bonus, gradient-norm clip, linear
-learning-rate decay, and observations and rewards normalised by running statistics. The value loss
-is not clipped. A time limit (truncated) cuts the trace but not the value: only terminated does.
-Under torchrun, gradients are averaged over processes, and what is logged is that of rank 0.
+one-step advantage is λ = 0; advantages standardised over the batch; an entropy bonus; a clip of the
+gradient's norm; a learning rate that falls linearly; observations and rewards divided by running
+deviations and clipped to [-10, 10], where asked for. Adam takes the gradient steps, with ε = 1e-5
+(torch's is 1e-8), as is usual for PPO. The value loss is not clipped. The defaults suit CartPole.
+Under torchrun the environments are shared out; every process weighs by its real steps, and each
+standardises the advantages of its own.
 
 Paper: Schulman et al. 2017, Proximal Policy Optimization Algorithms, arXiv 1707.06347.
 """
 
-import atexit
+# /// script
+# requires-python = ">=3.11"
+# dependencies = [
+#     "gymnasium[classic-control,box2d,mujoco]==1.4.0",
+#     "moviepy==2.2.1",
+#     "mujoco==3.8.1",
+#     "numpy==2.4.6",
+#     "tensorboard==2.21.0",
+#     "torch==2.13.0",
+#     "tqdm==4.70.1",
+#     "tyro==1.0.17",
+# ]
+# ///
+
+import dataclasses
+import functools
+import json
 import math
 import os
+import random
 import signal
 import sys
 import time
 from collections import deque
-from dataclasses import dataclass
-from typing import Literal, NoReturn
+from contextlib import AbstractContextManager, ExitStack, closing
+from pathlib import Path
+from typing import Literal, get_args
 
 import gymnasium as gym
 import numpy as np
@@ -43,17 +66,15 @@ import torch
 import torch.distributed as dist
 import tyro
 from torch import Tensor, nn
-from torch.nn.utils import parameters_to_vector, vector_to_parameters
-from torch.optim.adam import adam
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 SCRIPT = "ppo"
-ACTION_SPACES = (gym.spaces.Discrete, gym.spaces.Box)
-LIMITS = {"gamma": (0, 1), "gae_lambda": (0, 1)}  # of options that end at 1
+ACTION_SPACES = gym.spaces.Discrete, gym.spaces.Box
+LIMITS = {"gamma": (0, 1), "gae_lambda": (0, 1), "init_std": (1e-6, 1e6)}
 
 
-@dataclass
+@dataclasses.dataclass
 class Args:
     total_timesteps: int = 60_000  # environment steps, over all environments and processes
     num_envs: int = 32  # N, environments, shared out among torchrun's processes
@@ -61,178 +82,50 @@ class Args:
     epochs: int = 10  # K, passes over each batch
     minibatches: int = 4  # M, minibatches, hence Adam steps, in a pass
     clip_low: float = 0.2  # ε_low: the ratio is clipped to [1 - ε_low, 1 + ε_high]
-    clip_high: float = 0.2  # ε_high
-    objective: Literal["clip", "kl"] = "clip"  # or: surrogate, not clipped, minus α KL(μ ‖ π_θ)
-    alpha: float = 1.0  # α, weight of that KL penalty; 0 leaves the surrogate without constraint
+    clip_high: float = 0.2  # ε_high: larger than ε_low, it keeps the policy more random
+    objective: Literal["clip", "kl"] = "clip"  # clip: clipped; kl: unclipped, minus α KL(μ ‖ π_θ)
+    alpha: float = 1.0  # α, weight of the KL penalty of --objective kl; 0: no constraint at all
     target_kl: float = 0.0  # end the passes when KL(μ ‖ π_θ) exceeds this; 0: never
     gamma: float = 0.99  # γ, the discount
     gae_lambda: float = 0.95  # λ: 0 is the one-step advantage, 1 the Monte Carlo one
     learning_rate: float = 2e-3  # Adam's step size
-    anneal_lr: bool = True  # linear decay, to 0 at --total-timesteps, also where --resume raises it
+    anneal_lr: bool = True  # let the learning rate fall linearly, to 0 at --total-timesteps
     entropy_coef: float = 0.0  # c_H, weight of the entropy bonus
     value_coef: float = 0.5  # c_V, weight of the value loss
-    max_grad_norm: float = 0.5  # clip of the gradient's global norm
-    norm_obs: bool = False  # normalise observations by their running mean and variance
+    max_grad_norm: float = 0.5  # clip the gradient's norm to this; 0: no clip
+    norm_obs: bool = False  # normalise observations by their running mean and deviation
     norm_rewards: bool = False  # divide rewards by the running deviation of the discounted return
-    init_std: float = 1.0  # σ of the Gaussian policy at the start, 1 being half the action's range
+    init_std: float = 1.0  # σ of the Gaussian policy at the start; 1: half the action's range
     hidden: int = 64  # units in each of the two hidden layers
 
     env_id: str = "CartPole-v1"  # gymnasium id; module:Name-v0 imports module first
+    env_kwargs: str = "{}"  # arguments of the environment, as a JSON object
     seed: int = 1  # same seed, same machine: same weights, bit for bit
-    device: Literal["cpu", "cuda"] = "cpu"  # where networks and rollouts are kept
-    run_dir: str = ""  # default: runs/<env-id>__<script>__<seed>__<time>
-    eval_episodes: int = 20  # episodes in each evaluation, greedy or mean action
-    eval_every: int = 0  # also evaluate every so many steps; 0: only at the end
-    capture_video: bool = False  # record the evaluation episodes to <run-dir>/videos
-    checkpoint_every: int = 50_000  # steps between checkpoints; 0: only at the end
-    resume: str = ""  # checkpoint to continue from, its options being the defaults
+    device: Literal["cpu", "cuda"] = "cpu"  # where the networks compute
+    run_dir: str = ""  # directory to write to; empty: runs/<env-id>__<script>__<seed>__<time>
+    eval_episodes: int = 20  # episodes in an evaluation, with greedy or mean actions
+    eval_every: int = 0  # steps between evaluations; 0: only at the end
+    capture_video: bool = False  # record the episodes of evaluations to <run-dir>/videos
+    checkpoint_every: int = 60  # seconds between checkpoints; 0: only at the end
+    resume: str = ""  # checkpoint to go on from; options left out are the checkpoint's
 
-
-# Networks -----------------------------------------------------------------------------------------
-
-
-class RunningNorm(nn.Module):
-    """Normalise by the running mean and variance of what update was given; clip to [-10, 10]."""
-
-    def __init__(self, *shape: int):
-        super().__init__()
-        self.count = nn.Buffer(torch.zeros((), dtype=torch.float64))
-        self.mean, self.var = nn.Buffer(torch.zeros(shape)), nn.Buffer(torch.ones(shape))
-
-    @torch.no_grad()
-    def update(self, x: Tensor) -> None:
-        """Fold in x, (B, *shape): its sums around the present mean, averaged over processes."""
-        deviation = x.double() - self.mean
-        n, first, second = self.count.new_tensor(len(x)), deviation.sum(0), deviation.pow(2).sum(0)
-        n, first, second = all_mean(n), all_mean(first), all_mean(second)
-        total, shift = self.count + n, first / (self.count + n)
-        self.var.copy_(((self.count * self.var + second) / total - shift**2).clamp(min=0))
-        self.mean += shift
-        self.count += n
-
-    def forward(self, x: Tensor) -> Tensor:
-        return ((x - self.mean) / (self.var + 1e-8).sqrt()).clamp(-10, 10)
-
-    def in_numpy(self):
-        """forward, with the present statistics, as a function of arrays."""
-        mean, std = self.mean.cpu().numpy(), (self.var + 1e-8).sqrt().cpu().numpy()
-        return lambda x: ((x - mean) / std).clip(-10, 10)
-
-
-class MLP(nn.Module):
-    """norm, two tanh layers, a linear one; orthogonal weights, those of the last times gain."""
-
-    def __init__(self, norm: nn.Module | None, inputs: int, hidden: int, outputs: int, gain: float):
-        super().__init__()
-        layers = nn.Linear(inputs, hidden), nn.Linear(hidden, hidden), nn.Linear(hidden, outputs)
-        self.norm, self.layers = norm, nn.ModuleList(layers)
-        for layer, scale in zip(layers, (math.sqrt(2), math.sqrt(2), gain), strict=True):
-            nn.init.orthogonal_(layer.weight, scale)
-            nn.init.zeros_(layer.bias)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(..., inputs) to (..., outputs)."""
-        first, second, last = self.layers
-        return last(second(first(self.norm(x) if self.norm else x).tanh()).tanh())
-
-    def in_numpy(self):
-        """forward, with the present weights, of arrays: for few rows a quarter of torch's time."""
-        norm = self.norm.in_numpy() if self.norm else np.asarray
-        arrays = (x.detach().cpu().numpy().T for x in self.layers.parameters())
-        w_1, b_1, w_2, b_2, w_3, b_3 = arrays
-        return lambda x: np.tanh(np.tanh(norm(x) @ w_1 + b_1) @ w_2 + b_2) @ w_3 + b_3
-
-
-class SoftmaxPolicy(MLP):
-    """π_θ(a|s) = softmax of h_θ(s, ·), over a Discrete space."""
-
-    def __init__(self, norm, obs_dim: int, space: gym.spaces.Discrete, hidden: int):
-        super().__init__(norm, obs_dim, hidden, int(space.n), gain=0.01)
-        self.space = space
-
-    def actor(self):
-        """a = argmax_b h_θ(s, b) + noise, which is a ~ π_θ(·|s); without noise greedy. (...)."""
-        logits = self.in_numpy()
-        return lambda obs, noise=0.0: (logits(obs) + noise).argmax(-1)
-
-    def noise(self, *shape: int) -> np.ndarray:
-        """Gumbel noise, (*shape, A)."""
-        return -torch.empty(*shape, int(self.space.n)).exponential_().log().numpy()
-
-    def log_prob(self, logits: Tensor, action: Tensor) -> Tensor:
-        """log π_θ(a|s), (...)."""
-        return softmax_log_prob(logits, action)
-
-    def entropy(self, logits: Tensor) -> Tensor:
-        """H(π_θ(·|s)), (...)."""
-        return softmax_entropy(logits)
-
-    def to_env(self, action: np.ndarray) -> np.ndarray:
-        """What the environments take for action, (N,)."""
-        return action + self.space.start
-
-
-class GaussianPolicy(MLP):
-    """π_θ(a|s) = N(a | m_θ(s), diag σ²) over a Box, its bounded dimensions scaled to [-1, 1].
-
-    m_θ is the document's μ_θ, whose letter is the behaviour policy's here.
-    """
-
-    def __init__(self, norm, obs_dim: int, space: gym.spaces.Box, hidden: int, std: float):
-        bounded = np.maximum(np.abs(space.low), np.abs(space.high)) < 1e9
-        low, high = np.where(bounded, space.low, -1), np.where(bounded, space.high, 1)
-        super().__init__(norm, obs_dim, hidden, low.size, gain=0.01)
-        self.space, self.scale, self.shift = space, (high - low) / 2, (high + low) / 2
-        self.log_std = nn.Parameter(torch.full((low.size,), std).log())
-
-    def actor(self):
-        """a = m_θ(s) + σ noise, not clipped to the bounds; without noise the mean. (..., d)."""
-        mean, std = self.in_numpy(), self.log_std.detach().exp().cpu().numpy()
-        return lambda obs, noise=0.0: mean(obs) + std * noise
-
-    def noise(self, *shape: int) -> np.ndarray:
-        """Normal noise, (*shape, d)."""
-        return torch.randn(*shape, len(self.log_std)).numpy()
-
-    def log_prob(self, mean: Tensor, action: Tensor) -> Tensor:
-        """log π_θ(a|s), (...)."""
-        return gaussian_log_prob(mean, self.log_std, action)
-
-    def entropy(self, mean: Tensor) -> Tensor:
-        """H(π_θ(·|s)), the same for all s, ()."""
-        return gaussian_entropy(self.log_std)
-
-    def to_env(self, action: np.ndarray) -> np.ndarray:
-        """What the environments take for action: in their units, within bounds, (N, *shape)."""
-        action = action.reshape(-1, *self.space.shape) * self.scale + self.shift
-        return action.clip(self.space.low, self.space.high).astype(self.space.dtype)
-
-
-def make_policy(envs: gym.vector.VectorEnv, args: Args) -> nn.Module:
-    """The policy for the spaces of envs."""
-    obs_dim, space = envs.single_observation_space.shape[0], envs.single_action_space
-    norm = RunningNorm(obs_dim) if args.norm_obs else None
-    if isinstance(space, gym.spaces.Discrete):
-        return SoftmaxPolicy(norm, obs_dim, space, args.hidden)
-    return GaussianPolicy(norm, obs_dim, space, args.hidden, args.init_std)
-
-
-class Adam(nn.Module):
-    """torch's Adam on one vector θ, changed in place, with its state in buffers.
-
-    torch.optim.Adam is the same, but takes a second to import and three times as long a step.
-    """
-
-    def __init__(self, theta: Tensor):
-        super().__init__()
-        self.theta, self.steps = theta, nn.Buffer(torch.zeros((), device=theta.device))
-        self.m, self.v = nn.Buffer(torch.zeros_like(theta)), nn.Buffer(torch.zeros_like(theta))
-
-    def step(self, gradient: Tensor, learning_rate: float) -> None:
-        state = [self.m], [self.v], [], [self.steps]
-        options = {"lr": learning_rate, "beta1": 0.9, "beta2": 0.999, "eps": 1e-5}
-        options |= {"amsgrad": False, "maximize": False, "weight_decay": 0.0}
-        adam([self.theta], [gradient], *state, fused=not torch.compiler.is_compiling(), **options)
+    def __post_init__(self):
+        """Refuse an option of another type, choice or range; numpy's numbers become plain ones."""
+        for name, value in vars(self).items():
+            kind = Args.__annotations__[name]
+            kinds = get_args(kind) or [kind]  # choices, or types
+            value = value.item() if isinstance(value, np.generic) else value
+            value = float(value) if float in kinds and type(value) is int else value
+            setattr(self, name, value)
+            size = int in kinds and name not in ("seed", "eval_every", "checkpoint_every")
+            low, high = LIMITS.get(name, (int(size), 1e18))
+            fits = value in kinds or type(value) in kinds
+            if not fits or type(value) in (int, float) and not low <= value <= high:
+                raise Refusal(
+                    f"--{name.replace('_', '-')} {value} is out of range: {low} to {high}, {kinds}"
+                )
+        if self.device == "cuda" and not torch.cuda.is_available():
+            raise Refusal("--device cuda: no GPU is available")
 
 
 # Equations ----------------------------------------------------------------------------------------
@@ -272,22 +165,6 @@ def gaussian_entropy(log_std):
     return (log_std + 0.5 * math.log(2 * math.pi * math.e)).sum()
 
 
-def running_sums(x, keep, start):
-    """y_t = x_t + keep_t y_{t-1}
-
-    With rewards for x and γ for keep, but 0 on reset steps, the discounted return so far, which
-    looks back where that of [Rewards and Returns] looks ahead; γ = 1 ends as the episode's return.
-    x, keep: (T, ...); start, y before them: (...). Returns (T, ...), in units of x.
-    """
-    sums, keep, span = x.clone(), keep.clone(), 1
-    sums[0] += keep[0] * start
-    while span < len(sums):  # y_t holds what the last span steps add to it, and span doubles
-        sums[span:] = torch.addcmul(sums[span:], keep[span:], sums[:-span])
-        keep[span:] = keep[span:] * keep[:-span]
-        span *= 2
-    return sums
-
-
 def gae(rewards, values, terminated, truncated, gamma, gae_lambda):
     """A_t = δ_t + γλ (1 - ended_t) A_{t+1},   δ_t = r_t + γ (1 - terminated_t) V(s_{t+1}) - V(s_t)
 
@@ -298,7 +175,10 @@ def gae(rewards, values, terminated, truncated, gamma, gae_lambda):
     """
     deltas = rewards + gamma * ~terminated * values[1:] - values[:-1]
     traces = gamma * gae_lambda * ~(terminated | truncated)
-    return running_sums(deltas.flip(0), traces.flip(0), torch.zeros_like(deltas[0])).flip(0)
+    advantages = [torch.zeros_like(deltas[0])]  # A_T, A_{T-1}, ..., A_0
+    for t in reversed(range(len(deltas))):
+        advantages.append(deltas[t] + traces[t] * advantages[-1])
+    return torch.stack(advantages[:0:-1])
 
 
 def clipped_surrogate(ratio, advantages, clip_low, clip_high):
@@ -331,9 +211,149 @@ def kl_divergence(logp_old, logp):
 def value_loss(values, returns):
     r"""E[(V_φ(s_t) - G_t)²]   [How do we learn the state-dependent baseline $V^\pi(s)$?, eq. 4]
 
+    The document's G_t is a Monte Carlo return; ours, A_t + V_φ(s_t), may end in a value.
     values V_φ, returns G: (B,). Returns (), to be minimised, in squared units of reward.
     """
     return nn.functional.mse_loss(values, returns)
+
+
+# Networks -----------------------------------------------------------------------------------------
+
+
+class RunningNorm(nn.Module):
+    """(x - mean) / deviation, of all that include was given, clipped to [-10, 10]."""
+
+    def __init__(self, *shape):
+        super().__init__()
+        self.count = nn.Buffer(torch.zeros((), dtype=torch.float64))
+        self.mean = nn.Buffer(torch.zeros(shape))
+        self.var = nn.Buffer(torch.ones(shape))
+
+    @torch.no_grad()
+    def include(self, x):
+        """Add the rows of x, (B, *shape), of all processes."""
+        x = x.double() - self.mean
+        n, first, second = x.new_tensor(len(x)), x.sum(0), x.pow(2).sum(0)
+        all_sum(n, first, second)
+        total, shift = self.count + n, first / (self.count + n)
+        self.var.copy_(((self.count * self.var + second) / total - shift**2).clamp(min=0))
+        self.mean += shift
+        self.count += n
+
+    def forward(self, x):
+        """(..., *shape) to the same."""
+        return ((x - self.mean) / (self.var + 1e-8).sqrt()).clamp(-10, 10)
+
+
+def mlp(env, args, outputs, gain):
+    """Two tanh layers and a linear one; orthogonal weights, those of the last times gain."""
+    obs_dim, hidden = env.observation_space.shape[0], args.hidden
+    layers = nn.Linear(obs_dim, hidden), nn.Linear(hidden, hidden), nn.Linear(hidden, outputs)
+    for layer in layers:
+        nn.init.orthogonal_(layer.weight, math.sqrt(2))
+        nn.init.zeros_(layer.bias)
+    nn.init.orthogonal_(layers[2].weight, gain)
+    return layers[0], nn.Tanh(), layers[1], nn.Tanh(), layers[2]
+
+
+def in_numpy(net):
+    """net with its present weights as a function of arrays, which for few rows beats torch.
+
+    It goes layer by layer. A layer it does not know, or a net with its own forward, runs in torch.
+    """
+    if type(net) is nn.Tanh:
+        return np.tanh
+    if type(net) is nn.ReLU:
+        return lambda x: np.maximum(x, 0)
+    if type(net) is nn.Linear and net.bias is not None:
+        weight, bias = (x.detach().cpu().numpy() for x in net.parameters())
+        return lambda x: x @ weight.T + bias
+    if type(net).forward is nn.Sequential.forward:
+        layers = [in_numpy(layer) for layer in net]
+        return lambda x: functools.reduce(lambda y, layer: layer(y), layers, x)
+    example = next(net.parameters(), torch.empty(0))
+    return lambda x: net(torch.as_tensor(x).to(example)).detach().cpu().numpy()
+
+
+def box_actions(space):
+    """A function from actions (n, d) in [-1, 1] to those of the Box space, (n, *shape).
+
+    Dimensions without bounds are left as they are; of integers every level gets an equal part.
+    """
+    low, high = space.low.astype(np.float64), space.high.astype(np.float64)
+    bounded = (low > -1e9) & (high < 1e9)
+    whole = space.dtype.kind in "iub"
+    scale = np.where(bounded, high - low + whole, 2) / 2
+    shift = np.where(bounded, high + low, 0) / 2
+
+    def to_env(action):
+        check_finite("an action of the policy", action)
+        action = action.reshape(-1, *space.shape) * scale + shift
+        return (action.round() if whole else action).clip(low, high).astype(space.dtype)
+
+    return to_env
+
+
+class SoftmaxPolicy(nn.Sequential):
+    """π_θ(a|s) = softmax of h_θ(s, ·) over a Discrete space: obs (..., obs_dim) to h_θ (..., A)."""
+
+    log_prob = staticmethod(softmax_log_prob)
+    entropy = staticmethod(softmax_entropy)
+
+    def __init__(self, env, args, *norm):
+        super().__init__(*norm, *mlp(env, args, env.action_space.n, gain=0.01))
+        self.start = env.action_space.start
+
+    def sample(self, logits, rng):
+        """a ~ π_θ(·|s), as argmax_a h_θ(s, a) + Gumbel noise, (...)."""
+        return (logits + rng.gumbel(size=logits.shape)).argmax(-1)
+
+    def to_env(self, action):
+        """What the environment takes for action, (...)."""
+        return action + self.start
+
+    def act(self, obs):
+        """Greedy actions at obs, (n, obs_dim), as the environment takes them, (n,)."""
+        logits = self(torch.as_tensor(obs).to(self[-1].weight))
+        return self.to_env(logits.argmax(-1).cpu().numpy())
+
+
+class GaussianPolicy(nn.Sequential):
+    """π_θ(a|s) = N(a | m_θ(s), diag σ²) over a Box: obs (..., obs_dim) to m_θ (..., d).
+
+    m_θ is the document's μ_θ, whose letter is the behaviour policy's here.
+    """
+
+    def __init__(self, env, args, *norm):
+        d = env.action_space.low.size
+        super().__init__(*norm, *mlp(env, args, d, gain=0.01))
+        self.log_std = nn.Parameter(torch.full((d,), args.init_std).log())
+        self.to_env = box_actions(env.action_space)
+
+    def sample(self, mean, rng):
+        """a ~ π_θ(·|s), not clipped to the bounds, (..., d)."""
+        std = self.log_std.detach().exp().cpu().numpy()
+        return mean + std * rng.standard_normal(mean.shape, np.float32)
+
+    def log_prob(self, mean, action):
+        """log π_θ(a|s), (...)."""
+        return gaussian_log_prob(mean, self.log_std, action)
+
+    def entropy(self, mean):
+        """H(π_θ(·|s)), the same for all s, ()."""
+        return gaussian_entropy(self.log_std)
+
+    def act(self, obs):
+        """Mean actions at obs, (n, obs_dim), as the environment takes them, (n, *shape)."""
+        mean = self(torch.as_tensor(obs).to(self.log_std))
+        return self.to_env(mean.detach().cpu().numpy())
+
+
+def make_policy(env, args):
+    """The policy for the spaces of env."""
+    norm = [RunningNorm(*env.observation_space.shape)] if args.norm_obs else []
+    discrete = isinstance(env.action_space, gym.spaces.Discrete)
+    return (SoftmaxPolicy if discrete else GaussianPolicy)(env, args, *norm)
 
 
 # Training -----------------------------------------------------------------------------------------
@@ -341,293 +361,313 @@ def value_loss(values, returns):
 
 def train(args: Args) -> np.ndarray:
     """Run the algorithm above; return the episode returns of the final evaluation."""
-    check(args)
-    rank, world = start_processes()
-    T, N, device, gamma = args.num_steps, args.num_envs // world, args.device, args.gamma
-    clip_low, clip_high = args.clip_low, args.clip_high
-    fewest = N * (T // 2)  # real steps in a batch, when every second one is a reset step
-    if N * world != args.num_envs or args.minibatches > fewest:
-        stop(f"--num-envs must be a multiple of {world}, --minibatches at most {fewest}")
+    with ExitStack() as stack:
+        rank, world, device = start_processes(stack, args.device)
+        T, N, gamma = args.num_steps, args.num_envs // world, args.gamma
+        clip_low, clip_high = args.clip_low, args.clip_high
+        if N * world != args.num_envs:
+            raise Refusal(f"--num-envs {args.num_envs} cannot be shared out to {world} processes")
+        if args.minibatches > N * (T // 2):  # at worst every second step is a reset step
+            raise Refusal(f"--minibatches {args.minibatches}: too many for {N} x {T} steps")
 
-    # 1. Initialise, alike in every process.
-    if args.hidden * N * T // args.minibatches < 2**16:
-        torch.set_num_threads(1)  # layers this small lose more to threads than they gain
-    torch.manual_seed(args.seed)
-    envs = make_envs(args.env_id, N)
-    policy = make_policy(envs, args).to(device)
-    critic = MLP(policy.norm, envs.single_observation_space.shape[0], args.hidden, 1, gain=1.0)
-    parameters = [*policy.parameters(), *critic.to(device).parameters()]
-    # θ and φ as one vector, of which the parameters of the networks become views.
-    theta = parameters_to_vector(parameters).detach()
-    vector_to_parameters(theta, parameters)
-    optimizer = Adam(theta)
-    reward_norm = RunningNorm()
-    modules = {"policy": policy, "critic": critic, "optimizer": optimizer, "reward": reward_norm}
+        # 1. Initialise, alike in every process.
+        torch.manual_seed(args.seed)
+        env = stack.enter_context(make_env(args))
+        envs = stack.enter_context(closing(make_envs(args, N)))
+        policy = make_policy(env, args).to(device)
+        norm = [policy[0]] if args.norm_obs else []  # the same one for both networks
+        critic = nn.Sequential(*norm, *mlp(env, args, 1, gain=1.0)).to(device)
+        parameters = [*policy.parameters(), *critic.parameters()]
+        optimizer = torch.optim.Adam(parameters, eps=1e-5, fused=True)
+        reward_norm = RunningNorm()
+        learner = {"policy": policy, "critic": critic, "optimizer": optimizer}
+        run = stack.enter_context(Run(args, rank, **learner, reward_norm=reward_norm))
+        stack.callback(torch.set_num_threads, torch.get_num_threads())
+        if args.hidden * N * T // args.minibatches < 2**16:
+            torch.set_num_threads(1)  # layers this small lose more to threads than they gain
 
-    def act(obs: np.ndarray) -> np.ndarray:
-        return policy.to_env(policy.actor()(obs))
+        # obs[t + 1] is the true successor of obs[t], also where an episode ended. The step after an
+        # end is the reset step: its action was ignored, its reward is 0, and real is False there.
+        obs = np.zeros((T + 1, *envs.observation_space.shape), np.float32)  # (T+1, N, obs_dim)
+        rewards = np.zeros((T, N), np.float32)
+        terminated, truncated = np.zeros((2, T, N), bool)
+        real = np.ones((T + 1, N), bool)
+        so_far = np.zeros((T, N), np.float32)  # discounted returns up to t
+        episode_return, episode_length = np.zeros((2, N))
+        obs[T], _ = envs.reset(seed=int(run.rng.integers(2**29)))
 
-    run = Run(args, modules, act, rank, total=lambda x: world * all_mean(x))
+        while run.step < args.total_timesteps:
+            remaining = 1 - run.step / args.total_timesteps if args.anneal_lr else 1
+            optimizer.param_groups[0]["lr"] = args.learning_rate * remaining
 
-    # obs[t + 1] is the true successor of obs[t], also where an episode ended. The step after an end
-    # is the reset step: its action was ignored, its reward is 0, and valid is False there.
-    obs = torch.zeros(T + 1, *envs.observation_space.shape)  # (T+1, N, obs_dim)
-    obs[T] = torch.from_numpy(envs.reset(seed=env_seed(args.seed, run.step, rank))[0])
-    actions = torch.from_numpy(policy.actor()(obs[:T].numpy()))  # (T, N) or (T, N, action_dim)
-    rewards, terminated, truncated = torch.zeros(T, N), *torch.zeros(2, T, N, dtype=torch.bool)
-    valid = torch.ones(T + 1, N, dtype=torch.bool)
-    discounted, so_far = torch.zeros(1, N), torch.zeros(1, N, 2)
-    # The same memory: numpy writes a row in a tenth of torch's time.
-    rows = (x.numpy() for x in (obs, actions, rewards, terminated, truncated))
-    np_obs, np_actions, np_rewards, np_terminated, np_truncated = rows
+            # 2. μ = π_θ acts. Nothing is computed but what the next action needs.
+            obs[0], real[0] = obs[T], real[T]
+            mu, actions = in_numpy(policy), []
+            for t in range(T):
+                actions.append(policy.sample(mu(obs[t]), run.rng))  # (N,) or (N, action_dim)
+                outcome = envs.step(policy.to_env(actions[t]))
+                obs[t + 1], rewards[t], terminated[t], truncated[t], _ = outcome
+                real[t + 1] = ~(terminated[t] | truncated[t])
+                episode_return += rewards[t]
+                episode_length += real[t]
+                for n in np.flatnonzero(~real[t + 1]):
+                    run.episodes.append((episode_return[n], episode_length[n]))
+                    episode_return[n] = episode_length[n] = 0
 
-    while run.step < args.total_timesteps and not run.interrupted:
-        remaining = 1 - run.step / args.total_timesteps
-        learning_rate = args.learning_rate * (remaining if args.anneal_lr else 1)
+            check_finite("an observation or a reward", (obs, rewards))
 
-        # 2. μ = π_θ acts. Nothing is computed but what the next action needs.
-        obs[0], valid[0] = obs[T], valid[T]
-        mu, noise = policy.actor(), policy.noise(T, N)
-        for t in range(T):
-            np_actions[t] = mu(np_obs[t], noise[t])
-            outcome = envs.step(policy.to_env(np_actions[t]))
-            np_obs[t + 1], np_rewards[t], np_terminated[t], np_truncated[t], _ = outcome
-        valid[1:], real = ~(terminated | truncated), valid[:T]
-        keep = real.float().unsqueeze(-1)
-        so_far = running_sums(torch.cat([rewards.unsqueeze(-1), keep], -1), keep, so_far[-1])
-        run.episodes.extend(so_far[~valid[1:]].tolist())  # (return, length) of those that ended
-
-        # 3. Advantages and returns. Values and log μ of the whole rollout take one pass each.
-        with torch.no_grad():
+            # 3. Advantages and returns. Values and log μ of the whole rollout take one pass each.
+            rollout = obs, np.stack(actions), rewards, terminated, truncated, real[:T]
+            s, a, r, *ends, real_steps = (torch.from_numpy(x) for x in rollout)
             if args.norm_rewards:
-                discounted = running_sums(rewards, gamma * real, discounted[-1])
-                reward_norm.update(discounted[real])
-            scaled_rewards = rewards / (reward_norm.var + 1e-8).sqrt()
-            values = critic(obs.to(device)).squeeze(-1).cpu()
-            advantages = gae(scaled_rewards, values, terminated, truncated, gamma, args.gae_lambda)
-            batch = obs[:T], actions, advantages, advantages + values[:T]
-            b_obs, b_actions, b_advantages, b_returns = (x[real].to(device) for x in batch)
-            b_logp_old = policy.log_prob(policy(b_obs), b_actions)
-        # Not yet standardised, A^μ = G - V_φ is what V_φ leaves unexplained of G.
-        explained = 1 - b_advantages.var(correction=0) / (b_returns.var(correction=0) + 1e-8)
-        std, mean = torch.std_mean(b_advantages, correction=0)
-        b_advantages = (b_advantages - mean) / (std + 1e-8)
-        batch = b_obs, b_actions, b_logp_old, b_advantages, b_returns
-
-        for epoch in range(args.epochs):
-            # 4. One pass over the batch.
-            order = torch.randperm(len(b_obs), device=device)
-            minibatches = zip(*(x[order].tensor_split(args.minibatches) for x in batch))
+                for t in range(T):  # at first so_far[-1] is where the last rollout ended
+                    so_far[t] = rewards[t] + gamma * real[t] * so_far[t - 1]
+                reward_norm.include(torch.from_numpy(so_far)[real_steps])
+                r = (r / reward_norm.var.sqrt().clamp(min=0.01)).clamp(-10, 10)
+            with torch.no_grad():
+                values = critic(s.to(device)).squeeze(-1).cpu()  # (T+1, N)
+                advantages = gae(r, values, *ends, gamma, args.gae_lambda)
+                batch = s[:T], a, advantages, advantages + values[:T]
+                b_obs, b_actions, advantages, returns = (x[real_steps].to(device) for x in batch)
+                b_logp_old = policy.log_prob(policy(b_obs), b_actions)
+            std, mean = torch.std_mean(advantages, correction=0)
+            batch = b_obs, b_actions, b_logp_old, (advantages - mean) / (std + 1e-8), returns
+            steps = all_sum(torch.tensor(len(b_obs))).item()
+            share = len(b_obs) / steps  # the weight of this process
             losses = []
-            for mb_obs, action, logp_old, advantage, return_ in minibatches:
-                # 5. Importance ratio.
-                output = policy(mb_obs)
-                logp = policy.log_prob(output, action)
-                ratio = (logp - logp_old).exp()
-                # 6. Objective.
-                if args.objective == "clip":
-                    objective = clipped_surrogate(ratio, advantage, clip_low, clip_high)
-                else:
-                    kl = kl_divergence(logp_old, logp)
-                    objective = penalized_surrogate(ratio, advantage, kl, args.alpha)
-                # 7. Adam step.
-                v_loss = value_loss(critic(mb_obs).squeeze(-1), return_)
-                loss = args.value_coef * v_loss - objective
-                if args.entropy_coef > 0:
-                    loss = loss - args.entropy_coef * policy.entropy(output).mean()
-                gradient = torch.autograd.grad(loss, parameters)
-                gradient = all_mean(torch.cat([g.flatten() for g in gradient]))
-                gradient *= (args.max_grad_norm / (gradient.norm() + 1e-8)).clamp(max=1)
-                optimizer.step(gradient, learning_rate)
-                losses.append((-objective.detach(), v_loss.detach()))
-            # 8. Estimate the KL over the whole batch.
-            if epoch == args.epochs - 1 or args.target_kl > 0:
-                with torch.no_grad():
-                    output = policy(b_obs)
-                    logp = policy.log_prob(output, b_actions)
-                    kl = all_mean(kl_divergence(b_logp_old, logp))
-                if 0 < args.target_kl < kl:
-                    break
 
-        # 9. Statistics of the observations, for the next rollout.
-        if args.norm_obs:
-            policy.norm.update(b_obs)
+            for epoch in range(args.epochs):
+                # 4. One pass over the batch.
+                order = torch.randperm(len(b_obs), device=device)
+                minibatches = zip(*(x[order].tensor_split(args.minibatches) for x in batch))
+                for mb_obs, action, logp_old, advantage, return_ in minibatches:
+                    # 5. Importance ratio.
+                    output = policy(mb_obs)
+                    logp = policy.log_prob(output, action)
+                    ratio = (logp - logp_old).exp()
+                    # 6. Objective.
+                    if args.objective == "clip":
+                        objective = clipped_surrogate(ratio, advantage, clip_low, clip_high)
+                    else:
+                        kl = kl_divergence(logp_old, logp)
+                        objective = penalized_surrogate(ratio, advantage, kl, args.alpha)
+                    # 7. Adam step.
+                    v_loss = value_loss(critic(mb_obs).squeeze(-1), return_)
+                    loss = args.value_coef * v_loss - objective
+                    if args.entropy_coef > 0:
+                        loss = loss - args.entropy_coef * policy.entropy(output).mean()
+                    optimizer.zero_grad()
+                    loss.backward()
+                    if world > 1:
+                        all_sum(*(x.grad for x in parameters), weight=share)
+                    if args.max_grad_norm > 0:
+                        nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)
+                    optimizer.step()
+                    losses.append((-objective.detach(), v_loss.detach()))
+                # 8. KL over the whole batch, of the policy that this pass has left.
+                if epoch == args.epochs - 1 or args.target_kl > 0:
+                    with torch.no_grad():
+                        output = policy(b_obs)
+                        logp = policy.log_prob(output, b_actions)
+                        kl = all_sum(kl_divergence(b_logp_old, logp), weight=share)
+                    if 0 < args.target_kl < kl:
+                        break
 
-        ratio = (logp - b_logp_old).exp()
-        clipped = ((ratio < 1 - clip_low) | (ratio > 1 + clip_high)).float()
-        policy_loss, v_loss = torch.tensor(losses).mean(0)
-        scalars = {"policy_loss": policy_loss, "value_loss": v_loss, "kl": kl}
-        scalars |= {"entropy": policy.entropy(output).mean(), "clip_fraction": clipped.mean()}
-        run.update(len(b_obs), scalars | {"explained_variance": explained})
-    return run.finish()
+            # 9. Statistics of the observations, for the next rollout.
+            if args.norm_obs:
+                policy[0].include(b_obs)
+
+            # The losses are means over all updates; last_... is of the policy after the last one,
+            # over the whole batch.
+            policy_loss, v_loss = torch.tensor(losses).mean(0)
+            scalars = {"policy_loss": policy_loss, "value_loss": v_loss, "last_kl": kl}
+            scalars["last_entropy"] = policy.entropy(output).mean()
+            if args.objective == "clip":
+                ratio = (logp - b_logp_old).exp()
+                clipped = (ratio < 1 - clip_low) | (ratio > 1 + clip_high)
+                scalars["last_clip_fraction"] = clipped.float().mean()
+            run.step += steps
+            run.log(**scalars)
+        return run.evaluate()
 
 
 # Plumbing -----------------------------------------------------------------------------------------
 
 
-def stop(message: str, status: int = 2) -> NoReturn:
-    """End the program with one line on stderr."""
-    print(f"{SCRIPT}.py: {message.splitlines()[0]}", file=sys.stderr)
-    sys.exit(status)
+class Refusal(Exception):
+    """What the script will not do or go on with, in one line for its user."""
 
 
-def check(args: Args) -> None:
-    """Stop at a number out of range; where LIMITS says nothing, sizes begin at 1, others at 0."""
-    for name, value in vars(args).items():
-        size = type(value) is int and name not in ("seed", "eval_every", "checkpoint_every")
-        low, high = LIMITS.get(name, (int(size), 1e18))
-        if isinstance(value, (int, float)) and not low <= value <= high:
-            stop(f"--{name.replace('_', '-')} {value} is out of range: {low} to {high}")
-    if args.device == "cuda" and not torch.cuda.is_available():
-        stop("--device cuda: no GPU is available")
+def start_processes(stack, device):
+    """Rank and number of torchrun's processes, 0 and 1 without it, and the device of this one."""
+    if not dist.is_torchelastic_launched():
+        return 0, 1, device
+    dist.init_process_group()
+    stack.callback(dist.destroy_process_group)
+    own = f"cuda:{dist.get_node_local_rank(0)}" if device == "cuda" else device
+    return dist.get_rank(), dist.get_world_size(), own
 
 
-def start_processes() -> tuple[int, int]:
-    """Rank and number of the processes that torchrun started; (0, 1) without it."""
-    if "RANK" in os.environ and not dist.is_initialized():
-        dist.init_process_group()
-        atexit.register(dist.destroy_process_group)  # its threads, or they abort the exit
-    return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+def all_sum(*tensors, weight=1):
+    """Sum each tensor, times weight, over torchrun's processes, in place; returns the first."""
+    if dist.is_torchelastic_launched():
+        dist.all_reduce(vector := weight * nn.utils.parameters_to_vector(tensors))
+        nn.utils.vector_to_parameters(vector, tensors)
+    return tensors[0]
 
 
-def all_mean(x: Tensor) -> Tensor:
-    """The mean of x over torchrun's processes."""
-    if dist.is_initialized():
-        dist.all_reduce(x)
-        x /= dist.get_world_size()
-    return x
-
-
-def env_seed(seed: int, step: int, rank: int) -> int:
-    """Seed, below 2²⁹, of what rank begins at step: environments and random numbers."""
-    return int(np.random.SeedSequence([seed, step, rank]).generate_state(1)[0]) >> 3
-
-
-def make_envs(env_id: str, n: int, **kwargs) -> gym.vector.VectorEnv:
-    """n copies of env_id, observations flat; the environment's own vector version if it has one."""
-    envs = gym.make_vec(env_id, n, **kwargs)
-    obs_space, action_space = envs.single_observation_space, envs.single_action_space
-    image = obs_space.dtype == np.uint8 and len(obs_space.shape) > 1
-    if image or not obs_space.is_np_flattenable or not isinstance(action_space, ACTION_SPACES):
-        names = " and ".join(space.__name__ for space in ACTION_SPACES)
-        stop(f"{env_id} maps {obs_space} to {action_space}; supported: no images, {names}")
-    flat = isinstance(obs_space, gym.spaces.Box) and len(obs_space.shape) == 1
+def make_envs(args, n):
+    """n copies of the environment as one: gymnasium's own vector version where there is one."""
+    envs = gym.make_vec(args.env_id, n, **json.loads(args.env_kwargs))
+    if (mode := envs.metadata.get("autoreset_mode")) != gym.vector.AutoresetMode.NEXT_STEP:
+        raise Refusal(f"{args.env_id} resets its episodes by {mode}; {SCRIPT}.py needs NEXT_STEP")
+    flat = gym.spaces.flatten_space(envs.single_observation_space) == envs.single_observation_space
     return envs if flat else gym.wrappers.vector.FlattenObservation(envs)
 
 
-def load_checkpoint(path: str, modules: dict) -> dict:
-    """Read what Run.save wrote, and restore modules from it."""
+def check_finite(what, x):
+    """Refuse to go on where a number in x, a nest of numbers and arrays, is not finite."""
+    for part in x.values() if isinstance(x, dict) else x if isinstance(x, (list, tuple)) else ():
+        check_finite(what, part)
+    if isinstance(x, (float, np.ndarray, Tensor)) and not math.isfinite(torch.as_tensor(x).sum()):
+        raise Refusal(f"not finite (nan or inf), so the last checkpoint is kept: {what}")
+
+
+def make_env(args, video=""):
+    """The environment with flat observations; with --capture-video it records to folder video."""
+    usage = gym.error.Error, ModuleNotFoundError, TypeError, ValueError
+    drawn = {"render_mode": "rgb_array"} if args.capture_video else {}
     try:
-        checkpoint = torch.load(path, "cpu", weights_only=True)
+        env = gym.make(args.env_id, **json.loads(args.env_kwargs), **drawn)
+        if args.capture_video:  # find out now whether it can draw itself
+            env.reset()
+            env.render()
+    except Exception if args.capture_video else usage as error:
+        raise Refusal(f"cannot make {args.env_id} {args.env_kwargs} {drawn}: {error}") from error
+    seen, taken = env.observation_space, env.action_space
+    image = seen.dtype == np.uint8 and len(seen.shape) > 1
+    if image or not seen.is_np_flattenable or not isinstance(taken, ACTION_SPACES):
+        raise Refusal(f"{SCRIPT}.py cannot learn {args.env_id}, from {seen} to {taken}")
+    env = gym.wrappers.FlattenObservation(env)
+    return gym.wrappers.RecordVideo(env, video, lambda _: True) if drawn and video else env
+
+
+def load(path, learner):
+    """The options and steps of the checkpoint at path, whose other parts go into learner."""
+    try:
+        checkpoint = torch.load(path, "cpu", weights_only=True, mmap=True)
         if checkpoint["script"] != SCRIPT:
-            raise ValueError(f"it is of {checkpoint['script']}.py")
-        for name, module in modules.items():
-            module.load_state_dict(checkpoint[name])
-        return checkpoint | {"args": Args(**checkpoint["args"])}
+            raise OSError(f"it is of {checkpoint['script']}.py")
+        for name, part in learner.items():
+            part.load_state_dict(checkpoint[name])
+        return Args(**checkpoint["args"] | {"run_dir": "", "resume": ""}), checkpoint["env_steps"]
     except Exception as error:
-        stop(f"cannot resume from {path}: {type(error).__name__}: {str(error).splitlines()[-1]}")
+        why = error if isinstance(error, OSError) else "it is damaged, or of other options"
+        raise Refusal(f"cannot resume from {path}: {why}") from error
 
 
-class Run:
-    """Steps, TensorBoard, progress bar, evaluations and checkpoints; only rank 0 writes."""
+class Run(AbstractContextManager):
+    """A run: its directory, generators, log, evaluations and checkpoints.
 
-    def __init__(self, args: Args, modules: dict, act, rank: int = 0, total=lambda x: x):
-        self.args, self.modules, self.act, self.rank, self.total = args, modules, act, rank, total
-        self.dir = args.run_dir or f"runs/{args.env_id}__{SCRIPT}__{args.seed}__{time.time():.0f}"
-        self.step = 0
-        if args.resume:
-            self.dir = args.run_dir or os.path.dirname(args.resume) or "."
-            self.step = load_checkpoint(args.resume, modules)["env_steps"]
-        torch.manual_seed(env_seed(args.seed, self.step, rank))
-        self.first_step, self.start_time = self.step, time.time()
+    On an exception, Ctrl-C and SIGTERM too, it saves before it leaves; on a Refusal it does not.
+    """
+
+    def __init__(self, args, rank=0, **learner):
+        self.args, self.rank, self.learner = args, rank, learner
+        self.step = load(args.resume, learner)[1] if args.resume else 0
+        self.next_save = 0 if args.checkpoint_every else math.inf  # in seconds since the epoch
         self.episodes = deque(maxlen=100)  # (return, length) of the latest
-        self.writer = SummaryWriter(self.dir, purge_step=self.step + 1) if rank == 0 else None
-        self.bar = tqdm(total=args.total_timesteps, initial=self.step, disable=rank > 0 or None)
-        self.signalled = self.interrupted = False  # in this process; in any, as all have agreed
-        signal.signal(signal.SIGINT, lambda *_: setattr(self, "signalled", True))
+        self.seed()
+        home = args.resume and os.path.dirname(os.path.abspath(args.resume))
+        new = f"runs/{args.env_id}__{SCRIPT}__{args.seed}__{time.time():.6f}"
+        self.dir = args.run_dir or home or new
+        if os.path.exists(f"{self.dir}/checkpoint.pt") and os.path.abspath(self.dir) != home:
+            raise Refusal(f"--run-dir {self.dir} holds a checkpoint: resume it, or take another")
+        try:
+            self.dir += f"__rank{rank}" if rank > 0 else ""
+            os.makedirs(self.dir, exist_ok=self.dir != new)
+            self.writer = SummaryWriter(self.dir, purge_step=self.step + 1)
+        except OSError as error:
+            raise Refusal(f"--run-dir {self.dir}: {error.strerror}") from error
+        self.writer.add_text("options", "\n".join(f"    {k}: {v}" for k, v in vars(args).items()))
+        gap = 0.1 if sys.stderr.isatty() else 30  # seconds between two states of the bar
+        self.bar = tqdm(None, self.dir, args.total_timesteps, initial=self.step, mininterval=gap)
 
-    def update(self, steps: int, losses: dict[str, Tensor]) -> None:
-        """Add the steps of all processes; log; evaluate and save where it is time to."""
-        counts = self.total(torch.tensor([steps, self.signalled], dtype=torch.float64))
-        last_step, self.step = self.step, self.step + round(counts[0].item())
-        self.interrupted = counts[1].item() > 0
-        scalars = {f"losses/{name}": loss.item() for name, loss in losses.items()}
-        if not all(map(math.isfinite, scalars.values())):
-            stop(f"not finite at step {self.step}, so the last checkpoint is kept: {scalars}", 1)
-        if self.rank > 0:
-            return
-        scalars["charts/SPS"] = (self.step - self.first_step) / (time.time() - self.start_time)
+    def __exit__(self, kind, error, traceback):
+        self.bar.close()
+        if error and not isinstance(error, Refusal):
+            self.save()
+            print(f"saved: --resume {self.dir}/checkpoint.pt goes on", file=sys.stderr)
+        self.writer.close()
+
+    def seed(self):
+        """Key all generators by (seed, step, rank), so that they are the same after a resume."""
+        self.rng = np.random.default_rng([self.args.seed, self.step, self.rank + 1])
+        for seed in random.seed, np.random.seed, torch.manual_seed:
+            seed(int(self.rng.integers(2**32)))
+
+    def log(self, **losses):
+        """Write to the log; evaluate and save where it is time to; key the generators anew."""
+        old = self.bar.n
+        scalars = {f"losses/{name}": torch.as_tensor(x).item() for name, x in losses.items()}
+        check_finite(f"{scalars} at step {self.step}", scalars)
+        self.bar.update(self.step - old)
+        scalars["charts/SPS"] = (self.step - self.bar.initial) / self.bar.format_dict["elapsed"]
         if self.episodes:
             mean_return, scalars["charts/episodic_length"] = np.mean(self.episodes, 0)
             scalars["charts/episodic_return"] = mean_return
             self.bar.set_postfix_str(f"return {mean_return:.1f}", False)
         for name, value in scalars.items():
             self.writer.add_scalar(name, value, self.step)
-        self.bar.update(self.step - last_step)
-        args = self.args
-        for every, task in (args.eval_every, self.evaluate), (args.checkpoint_every, self.save):
-            if every > 0 and self.step // every > last_step // every:
-                task()
-
-    def save(self) -> None:
-        """Write the checkpoint aside, then put it in the place of the last one."""
-        checkpoint = {name: module.state_dict() for name, module in self.modules.items()}
-        checkpoint |= {"script": SCRIPT, "env_steps": self.step}
-        checkpoint["args"] = vars(self.args) | {"run_dir": "", "resume": ""}
-        self.writer.flush()
-        torch.save(checkpoint, f"{self.dir}/checkpoint.tmp")
-        os.replace(f"{self.dir}/checkpoint.tmp", f"{self.dir}/checkpoint.pt")
-
-    def evaluate(self) -> np.ndarray:
-        """Undiscounted returns of --eval-episodes whole episodes, on seeds training never sees.
-
-        Each environment plays one: of the first to end among many, too many would be short. For a
-        video they are played in turn.
-        """
-        env_id, episodes = self.args.env_id, self.args.eval_episodes
-        if self.args.capture_video:
-            options = {"name_prefix": f"step-{self.step}", "episode_trigger": lambda _: True}
-            envs = make_envs(env_id, 1, render_mode="rgb_array")
-            envs = gym.wrappers.vector.RecordVideo(envs, f"{self.dir}/videos", **options)
-        else:
-            envs = make_envs(env_id, episodes)
-        returns = np.zeros(episodes)
-        for first in range(0, episodes, envs.num_envs):
-            obs, _ = envs.reset(seed=2**30 + env_seed(self.args.seed, 0, 0) + first)
-            running = np.ones(envs.num_envs, np.bool_)
-            for _ in range(100_000):  # there may be no time limit
-                obs, reward, terminated, truncated, _ = envs.step(self.act(obs))
-                returns[first : first + envs.num_envs] += reward * running
-                running &= ~(terminated | truncated)
-                if not running.any():
-                    break
-        envs.close()
-        self.writer.add_scalar("charts/eval_return", returns.mean(), self.step)
-        return returns
-
-    def finish(self) -> np.ndarray:
-        """The last checkpoint, the final evaluation and the line of results."""
-        self.bar.close()
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        if self.rank > 0:
-            return np.zeros(0)
-        if self.step > self.first_step:
+        if self.args.eval_every and self.step // self.args.eval_every > old // self.args.eval_every:
+            self.evaluate()
+        if time.time() > self.next_save or self.step >= self.args.total_timesteps:
             self.save()
-        if self.interrupted:
-            stop(f"stopped at step {self.step}; --resume {self.dir}/checkpoint.pt goes on", 130)
-        returns = self.evaluate()
-        self.writer.close()
-        wall = time.time() - self.start_time
+        self.seed()
+
+    def save(self):
+        """Write the checkpoint aside, then put it in the place of the last one."""
+        began = time.time()
+        checkpoint = {name: part.state_dict() for name, part in self.learner.items()}
+        check_finite("weights or data", checkpoint)
+        checkpoint |= {"script": SCRIPT, "env_steps": self.step, "args": vars(self.args)}
+        try:
+            torch.save(checkpoint, f"{self.dir}/checkpoint.tmp")
+            os.replace(f"{self.dir}/checkpoint.tmp", f"{self.dir}/checkpoint.pt")
+        except (OSError, RuntimeError) as error:
+            Path(f"{self.dir}/checkpoint.tmp").unlink(missing_ok=True)
+            raise Refusal(f"cannot write to {self.dir}: {error.__context__ or error}") from error
+        self.next_save = time.time() + max(self.args.checkpoint_every, 10 * (time.time() - began))
+
+    def evaluate(self):
+        """Returns, not discounted, of whole episodes on seeds that training never sees."""
+        args, returns = self.args, np.zeros(self.args.eval_episodes)
+        with make_env(args, f"{self.dir}/videos/{self.step}") as env:
+            for episode in range(args.eval_episodes):
+                obs, _ = env.reset(seed=2**30 + (1000 * args.seed + episode) % 2**30)
+                for _ in range(100_000):  # there may be no time limit
+                    obs, reward, *ends, _ = env.step(self.learner["policy"].act(obs[None])[0])
+                    returns[episode] += reward
+                    if any(ends):
+                        break
+        self.writer.add_scalar("charts/eval_return", returns.mean(), self.step)
+        if self.rank > 0:
+            return returns
+        took = self.bar.format_dict["elapsed"]
         print(f"eval_return_mean={returns.mean():.2f} eval_return_std={returns.std():.2f}", end=" ")
-        print(f"eval_episodes={len(returns)} env_steps={self.step} wall_seconds={wall:.1f}")
+        print(f"eval_episodes={len(returns)} env_steps={self.step} wall_seconds={took:.1f}")
         return returns
 
 
 if __name__ == "__main__":
-    args = tyro.cli(Args)
-    if args.resume:  # what the command line leaves out is as in the checkpoint
-        args = tyro.cli(Args, default=load_checkpoint(args.resume, {})["args"])
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP
+            signal.signal(number, lambda number, frame: sys.exit(128 + number))
     try:
+        args = tyro.cli(Args, description=__doc__.splitlines()[0])
+        if args.resume:  # what the command line leaves out is as in the checkpoint
+            args = tyro.cli(Args, default=load(args.resume, {})[0])
         train(args)
-    except (gym.error.Error, ImportError, OSError) as error:
-        stop(f"{type(error).__name__}: {error}")
+    except Refusal as error:
+        print(f"{SCRIPT}.py: {str(error).splitlines()[0]}", file=sys.stderr)
+        sys.exit(2)
