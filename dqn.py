@@ -1,182 +1,152 @@
 """Deep Q-Network: learn Q by regression on its own targets, from replayed transitions.
 
 Derivations: "The Value-Based Approach", "Value Iteration and Q-Learning",
-"Fitted Q-Iteration: Neural Networks for Value Functions", "Innovation 2: Target Networks",
-"Algorithm", "Key Hyperparameters and Design Choices",
+"Fitted Q-Iteration: Neural Networks for Value Functions", "Innovation 1: Replay Buffer",
+"Innovation 2: Target Networks", "Algorithm", "Key Hyperparameters and Design Choices",
 "Challenge 1: Overestimation Bias in Q-Values",
-"Challenge 2: Reducing Error Compounding with N-Step Returns",
-"Practical Training Details for DQN",
+"Challenge 2: Reducing Error Compounding with N-Step Returns", "Challenge 3: Cold Start Problem",
+"Challenge 4: The Limited Exploration Problem", "Practical Training Details for DQN",
 "$V(s)$ is Implicitly Computed, Not Separately Stored",
 "Why Advantages and Q-Values Lead to the Same Policy".
 
     1.  Initialise Q_θ, the target network θ_target = θ and an empty buffer D.
-    2.  Act: at random with probability ε or during burn-in, else argmax_a Q_θ(s, a).
-    3.  Store (s, a, R, s', f) in D: R the N-step reward, s' the state after it, and
-        f = γ^N (1 - terminated) the factor of its value; N is less where the episode ends.
+    2.  Act: at random with probability ε, else argmax_a Q_θ(s, a).
+    3.  Store (s, a, R, s', discount) in D: R the N-step reward, s' the state after it, and
+        discount = γ^N (1 - terminated) the factor of its value; N is less where the episode ends.
     4.  Sample a batch of D, as often as the update-to-data ratio says.
-    5.  y = R + f max_a Q_target(s', a)
+    5.  y = R + discount max_a Q_target(s', a)
     6.  One Adam step on θ down the gradient of the loss of x = Q_θ(s, a) - y.
-    7.  θ_target = θ every K updates, or (1 - τ) θ_target + τ θ at each; repeat from 2.
+    7.  Every K of these steps θ_target = (1 - τ) θ_target + τ θ; repeat from 2.
 
-Notation: s, s' -> obs, next_obs -> (B, obs_dim);  a -> action -> (B,);  R, f -> reward,
-bootstrap -> (B,);  Q_θ, Q_target -> q_net, target_net -> (B, A);  y -> td_target -> (B,).
+Notation: s, s' -> obs, next_obs -> (B, obs_dim);  a -> action -> (B,);  R -> reward -> (B,);
+Q_θ, Q_target -> q_net, target_net -> (B, A);  x, y -> x, td_target -> (B,).
 
-A time limit (truncated) cuts the N steps but not the value: only terminated does. Beyond the
-document: clip of the gradient's norm. The paper's convolutions over images are not here.
+A time limit (truncated) cuts the N steps but not the value: only terminated does.
+
+Beyond the document: a clip of the gradient's norm; a learning rate that falls linearly. Adam takes
+the gradient steps, with ε = 1e-5 (torch's is 1e-8). τ is the document's α; τ = 1 is its hard
+update. Unlike the paper we use no images; N = 20 and a buffer of 15,000, larger and smaller than
+usual, suit CartPole.
 
 Paper: Mnih et al. 2015, Human-level control through deep reinforcement learning, Nature 518.
 """
 
+# /// script
+# requires-python = ">=3.11"
+# dependencies = [
+#     "gymnasium[classic-control,box2d,mujoco]==1.4.0",
+#     "moviepy==2.2.1",
+#     "mujoco==3.8.1",
+#     "numpy==2.4.6",
+#     "tensorboard==2.21.0",
+#     "torch==2.13.0",
+#     "tqdm==4.70.1",
+#     "tyro==1.0.17",
+# ]
+# ///
+
 import copy
+import dataclasses
+import functools
+import json
 import math
 import os
+import random
 import signal
 import sys
 import time
 from collections import deque
-from dataclasses import dataclass
-from typing import Literal, NoReturn
+from contextlib import AbstractContextManager, ExitStack
+from pathlib import Path
+from typing import Literal, get_args
 
 import gymnasium as gym
 import numpy as np
 import torch
+import torch.distributed as dist
 import tyro
 from torch import Tensor, nn
-from torch.nn.utils import parameters_to_vector, vector_to_parameters
-from torch.optim.adam import adam
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 SCRIPT = "dqn"
 LOG_EVERY = 200  # environment steps
 ACTION_SPACES = (gym.spaces.Discrete,)
-LIMITS = {"gamma": (0, 1), "epsilon": (0, 1), "tau": (0, 1), "target_every": (0, 1e18)}
+LIMITS = {"gamma": (0, 1), "epsilon": (0, 1), "tau": (0, 1), "delta": (1e-9, 1e9)}
 
 
-@dataclass
+@dataclasses.dataclass
 class Args:
     total_timesteps: int = 50_000  # environment steps
     burn_in: int = 1_000  # steps of random actions before the first update
-    epsilon: float = 0.05  # ε in the end; it falls linearly from 1
-    epsilon_steps: int = 10_000  # steps after burn-in until it is there
+    epsilon: float = 0.05  # ε, probability of a random action, to which it falls linearly from 1
+    epsilon_steps: int = 10_000  # steps from the end of burn-in until ε has fallen
     gamma: float = 0.99  # γ, the discount
     n_step: int = 20  # N, rewards in a target before the value of the state after them
-    buffer_size: int = 15_000  # transitions kept: older rewards are those of a policy long gone
-    batch_size: int = 128  # transitions in an update
-    utd: float = 0.3  # updates per environment step: 0.25 is one in four steps, 4 four a step
-    update_every: int = 1  # steps between rounds of updates, in which the policy stays as it is
+    buffer_size: int = 15_000  # transitions kept; the oldest are overwritten
+    batch_size: int = 128  # B, transitions in an update
+    utd: float = 0.3  # update-to-data ratio: updates per environment step
     learning_rate: float = 1e-3  # Adam's step size
-    anneal_lr: bool = True  # linear decay, to 0 at --total-timesteps, also where --resume raises it
-    target_every: int = 0  # K, updates between hard copies to the target network; 0 without τ: 100
-    tau: float = 0.0  # τ, the document's α, share of θ in a soft update at each; 0: hard copies
-    loss: Literal["huber", "squared"] = "huber"  # of the TD error; LunarLander wants squared
-    delta: float = 10.0  # δ, where the Huber loss turns linear: a small one fits medians, not means
-    max_grad_norm: float = 10.0  # clip of the gradient's global norm
-    hidden: int = 64  # units in the first hidden layer
-    hidden_2: int = 64  # units in the second
+    anneal_lr: bool = True  # let the learning rate fall linearly, to 0 at --total-timesteps
+    target_every: int = 100  # K, updates of Q between those of the target network
+    tau: float = 1.0  # τ, share of θ in an update of the target network; 1 copies it
+    loss: Literal["huber", "squared"] = "huber"  # loss of the TD error
+    delta: float = 10.0  # δ, the TD error from which the Huber loss is linear
+    max_grad_norm: float = 10.0  # clip the gradient's norm to this; 0: no clip
+    hidden: int = 64  # units in each of the two hidden layers
 
     env_id: str = "CartPole-v1"  # gymnasium id; module:Name-v0 imports module first
+    env_kwargs: str = "{}"  # arguments of the environment, as a JSON object
     seed: int = 1  # same seed, same machine: same weights, bit for bit
-    device: Literal["cpu", "cuda"] = "cpu"  # where networks and rollouts are kept
-    run_dir: str = ""  # default: runs/<env-id>__<script>__<seed>__<time>
-    eval_episodes: int = 20  # episodes in each evaluation, greedy or mean action
-    eval_every: int = 0  # also evaluate every so many steps; 0: only at the end
-    capture_video: bool = False  # record the evaluation episodes to <run-dir>/videos
-    checkpoint_every: int = 50_000  # steps between checkpoints; 0: only at the end
-    resume: str = ""  # checkpoint to continue from, its options being the defaults
+    device: Literal["cpu", "cuda"] = "cpu"  # where the networks compute
+    run_dir: str = ""  # directory to write to; empty: runs/<env-id>__<script>__<seed>__<time>
+    eval_episodes: int = 20  # episodes in an evaluation, with greedy or mean actions
+    eval_every: int = 0  # steps between evaluations; 0: only at the end
+    capture_video: bool = False  # record the episodes of evaluations to <run-dir>/videos
+    checkpoint_every: int = 60  # seconds between checkpoints; 0: only at the end
+    resume: str = ""  # checkpoint to go on from; options left out are the checkpoint's
 
-
-# Networks -----------------------------------------------------------------------------------------
-
-
-class QNetwork(nn.Module):
-    """Q_θ(s, ·): two ReLU layers and a linear one. Another kind of observation begins here."""
-
-    def __init__(self, obs_dim: int, hidden: int, hidden_2: int, outputs: int):
-        super().__init__()
-        layers = nn.Linear(obs_dim, hidden), nn.Linear(hidden, hidden_2)
-        self.layers = nn.ModuleList([*layers, nn.Linear(hidden_2, outputs)])
-
-    def forward(self, obs: Tensor) -> Tensor:
-        """(B, obs_dim) to (B, A)."""
-        first, second, last = self.layers
-        return last(second(first(obs).relu()).relu())
-
-    def in_numpy(self):
-        """forward, with the present weights, of arrays: for few rows a quarter of torch's time."""
-        arrays = (x.detach().cpu().numpy().T for x in self.layers.parameters())
-        w_1, b_1, w_2, b_2, w_3, b_3 = arrays
-        return lambda x: np.maximum(np.maximum(x @ w_1 + b_1, 0) @ w_2 + b_2, 0) @ w_3 + b_3
-
-
-def as_vector(net: nn.Module) -> Tensor:
-    """The parameters of net as one vector, of which they become views."""
-    parameters = list(net.parameters())
-    theta = parameters_to_vector(parameters).detach()
-    vector_to_parameters(theta, parameters)
-    return theta
-
-
-class Adam(nn.Module):
-    """torch's Adam on one vector θ, changed in place, with its state in buffers.
-
-    torch.optim.Adam is the same, but takes a second to import and three times as long a step.
-    """
-
-    def __init__(self, theta: Tensor):
-        super().__init__()
-        self.theta, self.steps = theta, nn.Buffer(torch.zeros((), device=theta.device))
-        self.m, self.v = nn.Buffer(torch.zeros_like(theta)), nn.Buffer(torch.zeros_like(theta))
-
-    def step(self, gradient: Tensor, learning_rate: float) -> None:
-        state = [self.m], [self.v], [], [self.steps]
-        options = {"lr": learning_rate, "beta1": 0.9, "beta2": 0.999, "eps": 1e-5}
-        options |= {"amsgrad": False, "maximize": False, "weight_decay": 0.0}
-        adam([self.theta], [gradient], *state, fused=not torch.compiler.is_compiling(), **options)
-
-
-# Buffer -------------------------------------------------------------------------------------------
-
-
-class ReplayBuffer:
-    """The last `size` transitions (s, a, R, s', f), in numpy, whose rows are cheap to write."""
-
-    def __init__(self, size: int, obs: np.ndarray, action: np.ndarray):
-        like = obs, action, np.float32(0), obs, np.float32(0)
-        needed = size * sum(x.nbytes for x in like) / 2**30
-        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
-        if needed > 0.8 * memory:
-            stop(f"--buffer-size {size} needs {needed:.1f} GiB of the {memory:.1f} there are")
-        if needed > 1:
-            print(f"{SCRIPT}.py: the replay buffer grows to {needed:.1f} GiB", file=sys.stderr)
-        self.added, self.data = 0, [np.zeros((size, *x.shape), x.dtype) for x in like]
-
-    def add(self, *transition) -> None:
-        """Write one transition, over the oldest one when full."""
-        for rows, value in zip(self.data, transition, strict=True):
-            rows[self.added % len(rows)] = value
-        self.added += 1
-
-    def sample(self, batch_size: int, rng: np.random.Generator, device: str) -> list[Tensor]:
-        """Transitions drawn uniformly, with replacement, (B, ...) each."""
-        i = rng.integers(min(self.added, len(self.data[0])), size=batch_size)
-        return [torch.from_numpy(rows[i]).to(device) for rows in self.data]
-
-    def state_dict(self) -> dict:
-        """What a checkpoint holds: the rows written so far."""
-        data = [torch.from_numpy(rows[: self.added]).clone() for rows in self.data]
-        return {"added": self.added, "data": data}
-
-    def load_state_dict(self, state: dict) -> None:
-        """Take the rows of a checkpoint; ValueError where they do not fit."""
-        self.added = state["added"]
-        for rows, saved in zip(self.data, state["data"], strict=True):
-            if len(saved) != min(self.added, len(rows)):
-                raise ValueError(f"its buffer holds {len(saved)} transitions: --buffer-size")
-            rows[: len(saved)] = saved
+    def __post_init__(self):
+        """Refuse an option of another type, choice or range; numpy's numbers become plain ones."""
+        for name, value in vars(self).items():
+            kind = Args.__annotations__[name]
+            kinds = get_args(kind) or [kind]  # choices, or types
+            value = value.item() if isinstance(value, np.generic) else value
+            value = float(value) if float in kinds and type(value) is int else value
+            setattr(self, name, value)
+            size = int in kinds and name not in ("seed", "eval_every", "checkpoint_every")
+            low, high = LIMITS.get(name, (int(size), 1e18))
+            fits = value in kinds or type(value) in kinds
+            if not fits or type(value) in (int, float) and not low <= value <= high:
+                raise Refusal(
+                    f"--{name.replace('_', '-')} {value} is out of range: {low} to {high}, {kinds}"
+                )
+        if self.device == "cuda" and not torch.cuda.is_available():
+            raise Refusal("--device cuda: no GPU is available")
+        if dist.is_torchelastic_launched():
+            raise Refusal(f"{SCRIPT}.py does not run under torchrun")
 
 
 # Equations ----------------------------------------------------------------------------------------
+
+
+def epsilon_at(step, burn_in, epsilon_steps, epsilon):
+    """1 during burn-in, then a linear fall to ε   [Challenge 4: The Limited Exploration Problem]
+
+    step, burn_in, epsilon_steps: environment steps, the last those of the fall. Returns the
+    probability of a random action.
+    """
+    fallen = min(max(step - burn_in, 0) / epsilon_steps, 1)
+    return 1 + fallen * (epsilon - 1)
+
+
+def epsilon_greedy(q, epsilon, rng):
+    """a = argmax_a Q_θ(s, a), or with probability ε uniform over A   [Algorithm, eq. 1]
+
+    Also [Why Advantages and Q-Values Lead to the Same Policy, eq. 2]. q Q_θ(s, ·): (A,).
+    Returns an integer in [0, A).
+    """
+    return rng.integers(len(q)) if rng.random() < epsilon else q.argmax()
 
 
 def n_step_return(rewards, gamma):
@@ -187,19 +157,38 @@ def n_step_return(rewards, gamma):
     return sum(gamma**k * reward for k, reward in enumerate(rewards))
 
 
-def dqn_target(reward, bootstrap, q_next):
-    """y = R + f max_a Q_target(s', a)   [Challenge 1: Overestimation Bias in Q-Values, eq. 1]
+def n_step_discount(gamma, n, terminated):
+    """γ^N (1 - terminated), the factor of the value after N rewards
 
-    As in [Fitted Q-Iteration: Neural Networks for Value Functions, eq. 1], [Challenge 2: Reducing
-    Error Compounding with N-Step Returns, eq. 1] with f = γ, and its eq. 2 with f = γ^N.
-    reward R, bootstrap f: (B,); q_next Q_target(s', ·): (B, A). Returns (B,), in units of reward.
+    [Challenge 2: Reducing Error Compounding with N-Step Returns, eq. 2], where the document does
+    not write that no value follows a terminal state. n: N. Returns a number in [0, 1].
     """
-    return reward + bootstrap * q_next.max(-1).values
+    return gamma**n * (1 - terminated)
+
+
+def updates_due(steps, burn_in, utd):
+    """⌊UTD · steps after burn-in⌋   [Key Hyperparameters and Design Choices]
+
+    Returns how many updates there should have been after so many environment steps.
+    """
+    return math.floor(utd * max(steps - burn_in, 0))
+
+
+def dqn_target(reward, discount, q_next):
+    """y = R + discount max_a Q_target(s', a)
+    [Challenge 1: Overestimation Bias in Q-Values, eq. 1]
+
+    As in [Fitted Q-Iteration: Neural Networks for Value Functions, eq. 1] and [Challenge 2:
+    Reducing Error Compounding with N-Step Returns, eq. 1], and its eq. 2 for N rewards.
+    reward R, discount: (B,); q_next Q_target(s', ·): (B, A). Returns (B,), in units of reward.
+    """
+    return reward + discount * q_next.max(-1).values
 
 
 def squared_loss(x):
     """L = E[x²]   [Fitted Q-Iteration: Neural Networks for Value Functions, eq. 2]
 
+    With y of the target network [Innovation 2: Target Networks, eq. 1] and [Algorithm, eq. 2].
     x = Q_θ(s, a) - y: (B,). Returns (), to be minimised, in squared units of reward.
     """
     return x.pow(2).mean()
@@ -214,252 +203,331 @@ def huber_loss(x, delta):
     return torch.where(x.abs() <= delta, x.pow(2) / 2, delta * x.abs() - delta**2 / 2).mean()
 
 
+@torch.no_grad()
+def soft_update(target, theta, tau):
+    """θ_target ← (1 - τ) θ_target + τ θ   [Key Hyperparameters and Design Choices, eq. 1]
+
+    target θ_target, theta θ: lists of tensors, of which the first is changed in place.
+    """
+    torch._foreach_lerp_(target, theta, tau)
+
+
+# Networks -----------------------------------------------------------------------------------------
+
+
+class QNetwork(nn.Sequential):
+    """Q_θ(s, ·): two ReLU layers and a linear one, (B, obs_dim) to (B, A)."""
+
+    def __init__(self, env, hidden):
+        first = nn.Linear(env.observation_space.shape[0], hidden)
+        last = nn.Linear(hidden, env.action_space.n)
+        super().__init__(first, nn.ReLU(), nn.Linear(hidden, hidden), nn.ReLU(), last)
+        self.start = env.action_space.start
+
+    def act(self, obs):
+        """Greedy actions at obs, (n, obs_dim), as the environment takes them, (n,)."""
+        q = self(torch.as_tensor(obs).to(self[-1].weight))
+        return q.argmax(-1).cpu().numpy() + self.start
+
+
+def make_policy(env, args):
+    """The policy for the spaces of env: argmax_a Q_θ(s, a)."""
+    return QNetwork(env, args.hidden)
+
+
+def in_numpy(net):
+    """net with its present weights as a function of arrays, which for few rows beats torch.
+
+    It goes layer by layer. A layer it does not know, or a net with its own forward, runs in torch.
+    """
+    if type(net) is nn.Tanh:
+        return np.tanh
+    if type(net) is nn.ReLU:
+        return lambda x: np.maximum(x, 0)
+    if type(net) is nn.Linear and net.bias is not None:
+        weight, bias = net.weight.detach().cpu().numpy().T, net.bias.detach().cpu().numpy()
+        return lambda x: x @ weight + bias
+    if type(net).forward is nn.Sequential.forward:
+        layers = [in_numpy(layer) for layer in net]
+        return lambda x: functools.reduce(lambda y, layer: layer(y), layers, x)
+    example = next(net.parameters(), torch.empty(0))
+    return lambda x: net(torch.as_tensor(x).to(example)).detach().cpu().numpy()
+
+# Buffer -------------------------------------------------------------------------------------------
+
+
+class ReplayBuffer:
+    """The last `size` transitions (s, a, R, s', discount); the oldest is overwritten."""
+
+    def __init__(self, size, space, action):
+        obs = np.zeros(space.shape, space.dtype if space.dtype.itemsize < 4 else np.float32)
+        like = obs, action, np.float32(0), obs, np.float32(0)
+        try:
+            self.data = [np.zeros((size, *x.shape), x.dtype) for x in like]
+        except MemoryError as error:
+            raise Refusal(f"--buffer-size {size}: {error}") from error
+        self.added = 0
+
+    def add(self, *transition):
+        """Write one transition."""
+        for rows, value in zip(self.data, transition):
+            rows[self.added % len(rows)] = value
+        self.added += 1
+
+    def sample(self, batch_size, rng, device):
+        """Transitions drawn uniformly, with replacement: obs, ..., discount, (B, ...) each."""
+        i = rng.integers(min(self.added, len(self.data[0])), size=batch_size)
+        return [torch.from_numpy(rows[i]).to(device) for rows in self.data]
+
+    def state_dict(self):
+        """What a checkpoint holds: the rows written so far, not copied."""
+        return {"added": self.added, "data": [torch.from_numpy(x[: self.added]) for x in self.data]}
+
+    def load_state_dict(self, state):
+        """Take the rows of a checkpoint."""
+        self.added = state["added"]
+        for rows, saved in zip(self.data, state["data"]):
+            if len(saved) != min(self.added, len(rows)):
+                raise Refusal(f"its buffer holds {len(saved)} transitions: --buffer-size")
+            rows[: len(saved)] = saved
+
+
 # Training -----------------------------------------------------------------------------------------
 
 
 def train(args: Args) -> np.ndarray:
     """Run the algorithm above; return the episode returns of the final evaluation."""
-    check(args)
-    if args.tau > 0 and args.target_every > 0:
-        stop("--tau and --target-every exclude each other: soft updates or hard copies")
-    target_every, tau = (1, args.tau) if args.tau > 0 else (args.target_every or 100, 1.0)
-    gamma, utd, update_every = args.gamma, args.utd, args.update_every
-    burn_in, device = args.burn_in, args.device
+    gamma, device = args.gamma, args.device
+    with ExitStack() as stack:
+        # 1. Initialise.
+        torch.manual_seed(args.seed)
+        env = stack.enter_context(make_env(args))
+        q_net = make_policy(env, args).to(device)
+        target_net = copy.deepcopy(q_net)
+        theta, theta_target = [*q_net.parameters()], [*target_net.parameters()]
+        optimizer = torch.optim.Adam(theta, eps=1e-5, fused=True)
+        buffer = ReplayBuffer(args.buffer_size, env.observation_space, np.int64(0))
+        learner = {"policy": q_net, "target_net": target_net, "optimizer": optimizer}
+        run = stack.enter_context(Run(args, **learner, buffer=buffer))
+        stack.callback(torch.set_num_threads, torch.get_num_threads())
+        if args.hidden**2 * args.batch_size < 2**23:
+            torch.set_num_threads(1)  # layers this small lose more to threads than they gain
 
-    # 1. Initialise.
-    if args.hidden * args.hidden_2 * args.batch_size < 2**23:
-        torch.set_num_threads(1)  # layers this small lose more to threads than they gain
-    torch.manual_seed(args.seed)
-    env = make_envs(args.env_id, 1, vectorization_mode="sync").unwrapped.envs[0]
-    env = gym.wrappers.FlattenObservation(env)
-    obs_dim, space = env.observation_space.shape[0], env.action_space
-    q_net = QNetwork(obs_dim, args.hidden, args.hidden_2, int(space.n)).to(device)
-    target_net = copy.deepcopy(q_net).requires_grad_(False)
-    theta, target_theta = as_vector(q_net), as_vector(target_net)
-    optimizer = Adam(theta)
-    buffer = ReplayBuffer(args.buffer_size, np.zeros(obs_dim, np.float32), np.int64(0))
-    modules = {"q_net": q_net, "target_net": target_net, "optimizer": optimizer, "buffer": buffer}
+        updates = updates_due(run.step, args.burn_in, args.utd)
+        window, rewards = deque(), []
+        losses, first = [], deque(maxlen=100)
+        obs, _ = env.reset(seed=int(run.rng.integers(2**29)))
+        q_values = in_numpy(q_net)
+        start_value = q_values(obs).max()
 
-    def act(obs: np.ndarray) -> np.ndarray:
-        return q_net.in_numpy()(obs).argmax(-1) + space.start
-
-    run = Run(args, modules, act)
-    rng = np.random.default_rng(env_seed(args.seed, run.step, 0))
-    q_values, ended = q_net.in_numpy(), True
-    window, starts = deque(), deque(maxlen=100)
-    scalars = {}
-
-    while run.step < args.total_timesteps and not run.interrupted:
-        remaining = 1 - run.step / args.total_timesteps
-        learning_rate = args.learning_rate * (remaining if args.anneal_lr else 1)
-        steps = min(LOG_EVERY, args.total_timesteps - run.step)
-        for step in range(run.step, run.step + steps):
-            if ended:
-                seed = env_seed(args.seed, run.step, 0) if step == run.first_step else None
-                obs, rewards = np.float32(env.reset(seed=seed)[0]), []
-                start_value = q_values(obs).max()
+        while run.step < args.total_timesteps:
+            remaining = 1 - run.step / args.total_timesteps if args.anneal_lr else 1
+            optimizer.param_groups[0]["lr"] = args.learning_rate * remaining
 
             # 2. Act.
-            decay = np.clip((step - burn_in) / args.epsilon_steps, 0, 1)
-            epsilon = 1 + (args.epsilon - 1) * decay
-            explore = step < burn_in or rng.random() < epsilon
-            action = rng.integers(space.n) if explore else q_values(obs).argmax()
-            next_obs, reward, terminated, truncated, _ = env.step(action + space.start)
-            next_obs, ended = np.float32(next_obs), terminated or truncated
+            epsilon = epsilon_at(run.step, args.burn_in, args.epsilon_steps, args.epsilon)
+            action = epsilon_greedy(q_values(obs), epsilon, run.rng)
+            next_obs, reward, terminated, truncated, _ = env.step(action + q_net.start)
+            check_finite("an observation or a reward", float(next_obs.sum() + reward))
 
-            # 3. Store the transition that N steps make, or as many as there were.
-            rewards.append(reward)
+            # 3. Store the transitions whose N rewards are complete, at an end all that are left.
             window.append((obs, action))
+            rewards.append(reward)
+            ended = terminated or truncated
             while window and (ended or len(window) == args.n_step):
-                n_step_reward = n_step_return(rewards[-len(window) :], gamma)
-                bootstrap = gamma ** len(window) * (not terminated)
-                buffer.add(*window.popleft(), n_step_reward, next_obs, bootstrap)
+                n = len(window)
+                n_step_reward = n_step_return(rewards[-n:], gamma)
+                discount = n_step_discount(gamma, n, terminated)
+                buffer.add(*window.popleft(), n_step_reward, next_obs, discount)
             obs = next_obs
             if ended:
                 run.episodes.append((sum(rewards), len(rewards)))
-                starts.append((start_value, n_step_return(rewards, gamma)))
+                first.append((start_value, n_step_return(rewards, gamma)))
+                obs, rewards = env.reset()[0], []
+                start_value = q_values(obs).max()
 
-            begin = step + 1 - (update_every if (step + 1) % update_every == 0 else 0)
-            first, due = (math.floor(utd * max(s - burn_in, 0)) for s in (begin, step + 1))
-            for update in range(first, due):
+            run.step += 1
+            while updates < updates_due(run.step, args.burn_in, args.utd) and buffer.added:
                 # 4. Sample.
-                batch = buffer.sample(args.batch_size, rng, device)
-                b_obs, b_action, b_reward, b_next_obs, b_bootstrap = batch
+                batch = buffer.sample(args.batch_size, run.rng, device)
+                b_obs, b_action, b_reward, b_next_obs, b_discount = batch
                 # 5. Target.
                 with torch.no_grad():
-                    q_next = target_net(b_next_obs)
-                    td_target = dqn_target(b_reward, b_bootstrap, q_next)
+                    td_target = dqn_target(b_reward, b_discount, target_net(b_next_obs.float()))
                 # 6. Adam step.
-                q = q_net(b_obs).gather(-1, b_action.unsqueeze(-1)).squeeze(-1)
+                q = q_net(b_obs.float()).gather(-1, b_action.unsqueeze(-1)).squeeze(-1)
                 x = q - td_target
                 loss = huber_loss(x, args.delta) if args.loss == "huber" else squared_loss(x)
-                gradient = torch.autograd.grad(loss, [*q_net.parameters()])
-                gradient = torch.cat([g.flatten() for g in gradient])
-                gradient *= (args.max_grad_norm / (gradient.norm() + 1e-8)).clamp(max=1)
-                optimizer.step(gradient, learning_rate)
+                q_net.zero_grad()
+                loss.backward()
+                nn.utils.clip_grad_norm_(theta, args.max_grad_norm or math.inf)
+                optimizer.step()
                 # 7. Target network.
-                if (update + 1) % target_every == 0:
-                    target_theta.lerp_(theta, tau)
-                q_values = q_net.in_numpy()
-                scalars = {"loss": loss, "q_mean": q.mean(), "td_error": x.abs().mean()}
+                updates += 1
+                if updates % args.target_every == 0:
+                    soft_update(theta_target, theta, args.tau)
+                q_values = in_numpy(q_net)
+                losses.append((loss.item(), q.mean().item()))
 
-        if starts:
-            start_value, start_return = np.mean(starts, 0)
-            scalars |= {"start_value": start_value, "start_return": start_return}
-        run.update(steps, scalars | {"epsilon": np.float64(epsilon)})
-    return run.finish()
+            if run.step % LOG_EVERY == 0 or run.step == args.total_timesteps:
+                scalars = {"epsilon": epsilon}
+                scalars |= zip(("loss", "q_mean"), np.mean(losses, 0)) if losses else {}
+                scalars |= zip(("start_value", "start_return"), np.mean(first, 0)) if first else {}
+                losses = []  # so that the next means are of the updates from here on
+                run.log(**scalars)
+        return run.evaluate()
 
 
 # Plumbing -----------------------------------------------------------------------------------------
 
 
-def stop(message: str, status: int = 2) -> NoReturn:
-    """End the program with one line on stderr."""
-    print(f"{SCRIPT}.py: {message.splitlines()[0]}", file=sys.stderr)
-    sys.exit(status)
+class Refusal(Exception):
+    """What the script will not do or go on with, in one line for its user."""
 
 
-def check(args: Args) -> None:
-    """Stop at a number out of range; where LIMITS says nothing, sizes begin at 1, others at 0."""
-    for name, value in vars(args).items():
-        size = type(value) is int and name not in ("seed", "eval_every", "checkpoint_every")
-        low, high = LIMITS.get(name, (int(size), 1e18))
-        if isinstance(value, (int, float)) and not low <= value <= high:
-            stop(f"--{name.replace('_', '-')} {value} is out of range: {low} to {high}")
-    if args.device == "cuda" and not torch.cuda.is_available():
-        stop("--device cuda: no GPU is available")
+def check_finite(what, x):
+    """Refuse to go on where a number in x, a nest of numbers and arrays, is not finite."""
+    for part in x.values() if isinstance(x, dict) else x if isinstance(x, (list, tuple)) else ():
+        check_finite(what, part)
+    if isinstance(x, (float, np.ndarray, Tensor)) and not math.isfinite(torch.as_tensor(x).sum()):
+        raise Refusal(f"not finite (nan or inf), so the last checkpoint is kept: {what}")
 
 
-def env_seed(seed: int, step: int, rank: int) -> int:
-    """Seed, below 2²⁹, of what rank begins at step: environments and random numbers."""
-    return int(np.random.SeedSequence([seed, step, rank]).generate_state(1)[0]) >> 3
-
-
-def make_envs(env_id: str, n: int, **kwargs) -> gym.vector.VectorEnv:
-    """n copies of env_id, observations flat; the environment's own vector version if it has one."""
-    envs = gym.make_vec(env_id, n, **kwargs)
-    obs_space, action_space = envs.single_observation_space, envs.single_action_space
-    image = obs_space.dtype == np.uint8 and len(obs_space.shape) > 1
-    if image or not obs_space.is_np_flattenable or not isinstance(action_space, ACTION_SPACES):
-        names = " and ".join(space.__name__ for space in ACTION_SPACES)
-        stop(f"{env_id} maps {obs_space} to {action_space}; supported: no images, {names}")
-    flat = isinstance(obs_space, gym.spaces.Box) and len(obs_space.shape) == 1
-    return envs if flat else gym.wrappers.vector.FlattenObservation(envs)
-
-
-def load_checkpoint(path: str, modules: dict) -> dict:
-    """Read what Run.save wrote, and restore modules from it."""
+def make_env(args, video=""):
+    """The environment with flat observations; with --capture-video it records to folder video."""
+    usage = gym.error.Error, ModuleNotFoundError, TypeError, ValueError
+    drawn = {"render_mode": "rgb_array"} if args.capture_video else {}
     try:
-        checkpoint = torch.load(path, "cpu", weights_only=True)
+        env = gym.make(args.env_id, **json.loads(args.env_kwargs), **drawn)
+        if args.capture_video:  # find out now whether it can draw itself
+            env.reset()
+            env.render()
+    except Exception if args.capture_video else usage as error:
+        raise Refusal(f"cannot make {args.env_id} {args.env_kwargs} {drawn}: {error}") from error
+    seen, taken = env.observation_space, env.action_space
+    image = seen.dtype == np.uint8 and len(seen.shape) > 1
+    if image or not seen.is_np_flattenable or not isinstance(taken, ACTION_SPACES):
+        raise Refusal(f"{SCRIPT}.py cannot learn {args.env_id}, from {seen} to {taken}")
+    env = gym.wrappers.FlattenObservation(env)
+    return gym.wrappers.RecordVideo(env, video, lambda _: True) if drawn and video else env
+
+
+def load(path, learner):
+    """The options and steps of the checkpoint at path, whose other parts go into learner."""
+    try:
+        checkpoint = torch.load(path, "cpu", weights_only=True, mmap=True)
         if checkpoint["script"] != SCRIPT:
-            raise ValueError(f"it is of {checkpoint['script']}.py")
-        for name, module in modules.items():
-            module.load_state_dict(checkpoint[name])
-        return checkpoint | {"args": Args(**checkpoint["args"])}
+            raise Refusal(f"it is of {checkpoint['script']}.py")
+        for name, part in learner.items():
+            part.load_state_dict(checkpoint[name])
+        return Args(**checkpoint["args"] | {"run_dir": "", "resume": ""}), checkpoint["env_steps"]
     except Exception as error:
-        stop(f"cannot resume from {path}: {type(error).__name__}: {str(error).splitlines()[-1]}")
+        why = error if isinstance(error, (OSError, Refusal)) else "damaged, or of other options"
+        raise Refusal(f"cannot resume from {path}: {why}") from error
 
 
-class Run:
-    """Steps, TensorBoard, progress bar, evaluations and checkpoints; only rank 0 writes."""
+class Run(AbstractContextManager):
+    """A run: its directory, generators, log, evaluations and checkpoints.
 
-    def __init__(self, args: Args, modules: dict, act, rank: int = 0, total=lambda x: x):
-        self.args, self.modules, self.act, self.rank, self.total = args, modules, act, rank, total
-        self.dir = args.run_dir or f"runs/{args.env_id}__{SCRIPT}__{args.seed}__{time.time():.0f}"
-        self.step = 0
-        if args.resume:
-            self.dir = args.run_dir or os.path.dirname(args.resume) or "."
-            self.step = load_checkpoint(args.resume, modules)["env_steps"]
-        torch.manual_seed(env_seed(args.seed, self.step, rank))
-        self.first_step, self.start_time = self.step, time.time()
+    On an exception, Ctrl-C and SIGTERM too, it saves before it leaves; on a Refusal it does not.
+    """
+
+    def __init__(self, args, rank=0, **learner):
+        self.args, self.rank, self.learner = args, rank, learner
+        self.step = load(args.resume, learner)[1] if args.resume else 0
+        self.next_save = 0 if args.checkpoint_every else math.inf  # in seconds since the epoch
         self.episodes = deque(maxlen=100)  # (return, length) of the latest
-        self.writer = SummaryWriter(self.dir, purge_step=self.step + 1) if rank == 0 else None
-        self.bar = tqdm(total=args.total_timesteps, initial=self.step, disable=rank > 0 or None)
-        self.signalled = self.interrupted = False  # in this process; in any, as all have agreed
-        signal.signal(signal.SIGINT, lambda *_: setattr(self, "signalled", True))
+        self.seed()
+        home = args.resume and os.path.dirname(os.path.abspath(args.resume))
+        new = f"runs/{args.env_id}__{SCRIPT}__{args.seed}__{time.time():.6f}"
+        self.dir = args.run_dir or home or new
+        if os.path.exists(f"{self.dir}/checkpoint.pt") and os.path.abspath(self.dir) != home:
+            raise Refusal(f"--run-dir {self.dir} holds a checkpoint: resume it, or take another")
+        try:
+            self.dir += f"__rank{rank}" if rank > 0 else ""
+            os.makedirs(self.dir, exist_ok=self.dir != new)
+            self.writer = SummaryWriter(self.dir, purge_step=self.step + 1)
+        except OSError as error:
+            raise Refusal(f"--run-dir {self.dir}: {error.strerror}") from error
+        self.writer.add_text("options", "\n".join(f"    {k}: {v}" for k, v in vars(args).items()))
+        gap = 0.1 if sys.stderr.isatty() else 30  # seconds between two states of the bar
+        self.bar = tqdm(None, self.dir, args.total_timesteps, initial=self.step, mininterval=gap)
 
-    def update(self, steps: int, losses: dict[str, Tensor]) -> None:
-        """Add the steps of all processes; log; evaluate and save where it is time to."""
-        counts = self.total(torch.tensor([steps, self.signalled], dtype=torch.float64))
-        last_step, self.step = self.step, self.step + round(counts[0].item())
-        self.interrupted = counts[1].item() > 0
-        scalars = {f"losses/{name}": loss.item() for name, loss in losses.items()}
-        if not all(map(math.isfinite, scalars.values())):
-            stop(f"not finite at step {self.step}, so the last checkpoint is kept: {scalars}", 1)
-        if self.rank > 0:
-            return
-        scalars["charts/SPS"] = (self.step - self.first_step) / (time.time() - self.start_time)
+    def __exit__(self, kind, error, traceback):
+        self.bar.close()
+        if error and not isinstance(error, Refusal):
+            self.save()
+            print(f"saved: --resume {self.dir}/checkpoint.pt goes on", file=sys.stderr)
+        self.writer.close()
+
+    def seed(self):
+        """Key all generators by (seed, step, rank), so that they are the same after a resume."""
+        self.rng = np.random.default_rng([self.args.seed, self.step, self.rank + 1])
+        for seed in random.seed, np.random.seed, torch.manual_seed:
+            seed(int(self.rng.integers(2**32)))
+
+    def log(self, **losses):
+        """Write to the log; evaluate and save where it is time to; key the generators anew."""
+        old = self.bar.n
+        scalars = {f"losses/{name}": torch.as_tensor(x).item() for name, x in losses.items()}
+        check_finite(f"{scalars} at step {self.step}", scalars)
+        self.bar.update(self.step - old)
+        scalars["charts/SPS"] = (self.step - self.bar.initial) / self.bar.format_dict["elapsed"]
         if self.episodes:
             mean_return, scalars["charts/episodic_length"] = np.mean(self.episodes, 0)
             scalars["charts/episodic_return"] = mean_return
             self.bar.set_postfix_str(f"return {mean_return:.1f}", False)
         for name, value in scalars.items():
             self.writer.add_scalar(name, value, self.step)
-        self.bar.update(self.step - last_step)
-        args = self.args
-        for every, task in (args.eval_every, self.evaluate), (args.checkpoint_every, self.save):
-            if every > 0 and self.step // every > last_step // every:
-                task()
-
-    def save(self) -> None:
-        """Write the checkpoint aside, then put it in the place of the last one."""
-        checkpoint = {name: module.state_dict() for name, module in self.modules.items()}
-        checkpoint |= {"script": SCRIPT, "env_steps": self.step}
-        checkpoint["args"] = vars(self.args) | {"run_dir": "", "resume": ""}
-        self.writer.flush()
-        torch.save(checkpoint, f"{self.dir}/checkpoint.tmp")
-        os.replace(f"{self.dir}/checkpoint.tmp", f"{self.dir}/checkpoint.pt")
-
-    def evaluate(self) -> np.ndarray:
-        """Undiscounted returns of --eval-episodes whole episodes, on seeds training never sees.
-
-        Each environment plays one: of the first to end among many, too many would be short. For a
-        video they are played in turn.
-        """
-        env_id, episodes = self.args.env_id, self.args.eval_episodes
-        if self.args.capture_video:
-            options = {"name_prefix": f"step-{self.step}", "episode_trigger": lambda _: True}
-            envs = make_envs(env_id, 1, render_mode="rgb_array")
-            envs = gym.wrappers.vector.RecordVideo(envs, f"{self.dir}/videos", **options)
-        else:
-            envs = make_envs(env_id, episodes)
-        returns = np.zeros(episodes)
-        for first in range(0, episodes, envs.num_envs):
-            obs, _ = envs.reset(seed=2**30 + env_seed(self.args.seed, 0, 0) + first)
-            running = np.ones(envs.num_envs, np.bool_)
-            for _ in range(100_000):  # there may be no time limit
-                obs, reward, terminated, truncated, _ = envs.step(self.act(obs))
-                returns[first : first + envs.num_envs] += reward * running
-                running &= ~(terminated | truncated)
-                if not running.any():
-                    break
-        envs.close()
-        self.writer.add_scalar("charts/eval_return", returns.mean(), self.step)
-        return returns
-
-    def finish(self) -> np.ndarray:
-        """The last checkpoint, the final evaluation and the line of results."""
-        self.bar.close()
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        if self.rank > 0:
-            return np.zeros(0)
-        if self.step > self.first_step:
+        if self.args.eval_every and self.step // self.args.eval_every > old // self.args.eval_every:
+            self.evaluate()
+        if time.time() > self.next_save or self.step >= self.args.total_timesteps:
             self.save()
-        if self.interrupted:
-            stop(f"stopped at step {self.step}; --resume {self.dir}/checkpoint.pt goes on", 130)
-        returns = self.evaluate()
-        self.writer.close()
-        wall = time.time() - self.start_time
+        self.seed()
+
+    def save(self):
+        """Write the checkpoint aside, then put it in the place of the last one."""
+        began = time.time()
+        checkpoint = {name: part.state_dict() for name, part in self.learner.items()}
+        check_finite("weights or data", checkpoint)
+        checkpoint |= {"script": SCRIPT, "env_steps": self.step, "args": vars(self.args)}
+        try:
+            torch.save(checkpoint, f"{self.dir}/checkpoint.tmp")
+            os.replace(f"{self.dir}/checkpoint.tmp", f"{self.dir}/checkpoint.pt")
+        except (OSError, RuntimeError) as error:
+            Path(f"{self.dir}/checkpoint.tmp").unlink(missing_ok=True)
+            raise Refusal(f"cannot write to {self.dir}: {error.__context__ or error}") from error
+        self.next_save = time.time() + max(self.args.checkpoint_every, 10 * (time.time() - began))
+
+    def evaluate(self):
+        """Returns, not discounted, of whole episodes on seeds that training never sees."""
+        args, returns = self.args, np.zeros(self.args.eval_episodes)
+        with make_env(args, f"{self.dir}/videos/{self.step}") as env:
+            for episode in range(args.eval_episodes):
+                obs, _ = env.reset(seed=2**30 + (1000 * args.seed + episode) % 2**30)
+                for _ in range(100_000):  # there may be no time limit
+                    obs, reward, *ends, _ = env.step(self.learner["policy"].act(obs[None])[0])
+                    returns[episode] += reward
+                    if any(ends):
+                        break
+        self.writer.add_scalar("charts/eval_return", returns.mean(), self.step)
+        if self.rank > 0:
+            return returns
+        took = self.bar.format_dict["elapsed"]
         print(f"eval_return_mean={returns.mean():.2f} eval_return_std={returns.std():.2f}", end=" ")
-        print(f"eval_episodes={len(returns)} env_steps={self.step} wall_seconds={wall:.1f}")
+        print(f"eval_episodes={len(returns)} env_steps={self.step} wall_seconds={took:.1f}")
         return returns
 
 
 if __name__ == "__main__":
-    args = tyro.cli(Args)
-    if args.resume:  # what the command line leaves out is as in the checkpoint
-        args = tyro.cli(Args, default=load_checkpoint(args.resume, {})["args"])
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP
+            signal.signal(number, lambda number, frame: sys.exit(128 + number))
     try:
+        args = tyro.cli(Args, description=__doc__.splitlines()[0])
+        if args.resume:  # what the command line leaves out is as in the checkpoint
+            args = tyro.cli(Args, default=load(args.resume, {})[0])
         train(args)
-    except (gym.error.Error, ImportError, OSError) as error:
-        stop(f"{type(error).__name__}: {error}")
+    except Refusal as error:
+        print(f"{SCRIPT}.py: {str(error).splitlines()[0]}", file=sys.stderr)
+        sys.exit(2)

@@ -175,9 +175,9 @@ def gae(rewards, values, terminated, truncated, gamma, gae_lambda):
     """
     deltas = rewards + gamma * ~terminated * values[1:] - values[:-1]
     traces = gamma * gae_lambda * ~(terminated | truncated)
-    advantages = [torch.zeros_like(deltas[0])]  # A_T, A_{T-1}, ..., A_0
-    for t in reversed(range(len(deltas))):
-        advantages.append(deltas[t] + traces[t] * advantages[-1])
+    advantages = [0]  # A_T, A_{T-1}, ..., A_0
+    for delta, trace in zip(deltas.flip(0), traces.flip(0)):
+        advantages.append(delta + trace * advantages[-1])
     return torch.stack(advantages[:0:-1])
 
 
@@ -266,8 +266,8 @@ def in_numpy(net):
     if type(net) is nn.ReLU:
         return lambda x: np.maximum(x, 0)
     if type(net) is nn.Linear and net.bias is not None:
-        weight, bias = (x.detach().cpu().numpy() for x in net.parameters())
-        return lambda x: x @ weight.T + bias
+        weight, bias = net.weight.detach().cpu().numpy().T, net.bias.detach().cpu().numpy()
+        return lambda x: x @ weight + bias
     if type(net).forward is nn.Sequential.forward:
         layers = [in_numpy(layer) for layer in net]
         return lambda x: functools.reduce(lambda y, layer: layer(y), layers, x)
@@ -456,14 +456,14 @@ def train(args: Args) -> np.ndarray:
                     loss = args.value_coef * v_loss - objective
                     if args.entropy_coef > 0:
                         loss = loss - args.entropy_coef * policy.entropy(output).mean()
-                    optimizer.zero_grad()
+                    for x in parameters:  # as zero_grad does, in less time
+                        x.grad = None
                     loss.backward()
                     if world > 1:
                         all_sum(*(x.grad for x in parameters), weight=share)
-                    if args.max_grad_norm > 0:
-                        nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)
+                    nn.utils.clip_grad_norm_(parameters, args.max_grad_norm or math.inf)
                     optimizer.step()
-                    losses.append((-objective.detach(), v_loss.detach()))
+                    losses.append((objective.detach(), v_loss.detach()))
                 # 8. KL over the whole batch, of the policy that this pass has left.
                 if epoch == args.epochs - 1 or args.target_kl > 0:
                     with torch.no_grad():
@@ -479,8 +479,8 @@ def train(args: Args) -> np.ndarray:
 
             # The losses are means over all updates; last_... is of the policy after the last one,
             # over the whole batch.
-            policy_loss, v_loss = torch.tensor(losses).mean(0)
-            scalars = {"policy_loss": policy_loss, "value_loss": v_loss, "last_kl": kl}
+            objective, v_loss = torch.tensor(losses).mean(0)
+            scalars = {"policy_loss": -objective, "value_loss": v_loss, "last_kl": kl}
             scalars["last_entropy"] = policy.entropy(output).mean()
             if args.objective == "clip":
                 ratio = (logp - b_logp_old).exp()
@@ -557,12 +557,12 @@ def load(path, learner):
     try:
         checkpoint = torch.load(path, "cpu", weights_only=True, mmap=True)
         if checkpoint["script"] != SCRIPT:
-            raise OSError(f"it is of {checkpoint['script']}.py")
+            raise Refusal(f"it is of {checkpoint['script']}.py")
         for name, part in learner.items():
             part.load_state_dict(checkpoint[name])
         return Args(**checkpoint["args"] | {"run_dir": "", "resume": ""}), checkpoint["env_steps"]
     except Exception as error:
-        why = error if isinstance(error, OSError) else "it is damaged, or of other options"
+        why = error if isinstance(error, (OSError, Refusal)) else "damaged, or of other options"
         raise Refusal(f"cannot resume from {path}: {why}") from error
 
 
