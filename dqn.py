@@ -284,12 +284,10 @@ class ReplayBuffer:
         return {"added": self.added, "data": [torch.from_numpy(x[: self.added]) for x in self.data]}
 
     def load_state_dict(self, state):
-        """Take the rows of a checkpoint."""
-        self.added = state["added"]
+        """Take the rows of a checkpoint; ValueError where there is no room for them."""
         for rows, saved in zip(self.data, state["data"]):
-            if len(saved) != min(self.added, len(rows)):
-                raise Refusal(f"its buffer holds {len(saved)} transitions: --buffer-size")
             rows[: len(saved)] = saved
+        self.added = state["added"] if len(saved) == len(rows) else len(saved)
 
 
 # Training -----------------------------------------------------------------------------------------
