@@ -314,7 +314,7 @@ def train(args: Args) -> np.ndarray:
         updates = updates_due(run.step, args.burn_in, args.utd)
         window, rewards = deque(), []
         losses, first = [], deque(maxlen=100)
-        obs, _ = env.reset(seed=int(run.rng.integers(2**29)))
+        obs, _ = env.reset(seed=random.getrandbits(29))
         q_values = in_numpy(q_net)
         start_value = q_values(obs).max()
 
@@ -406,6 +406,7 @@ def make_env(args, video=""):
     image = seen.dtype == np.uint8 and len(seen.shape) > 1
     if image or not seen.is_np_flattenable or not isinstance(taken, ACTION_SPACES):
         raise Refusal(f"{SCRIPT}.py cannot learn {args.env_id}, from {seen} to {taken}")
+    taken.seed(args.seed)
     env = gym.wrappers.FlattenObservation(env)
     return gym.wrappers.RecordVideo(env, video, lambda _: True) if drawn and video else env
 
@@ -509,8 +510,6 @@ class Run(AbstractContextManager):
                     if any(ends):
                         break
         self.writer.add_scalar("charts/eval_return", returns.mean(), self.step)
-        if self.rank > 0:
-            return returns
         took = self.bar.format_dict["elapsed"]
         print(f"eval_return_mean={returns.mean():.2f} eval_return_std={returns.std():.2f}", end=" ")
         print(f"eval_episodes={len(returns)} env_steps={self.step} wall_seconds={took:.1f}")

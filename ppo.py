@@ -56,7 +56,7 @@ import signal
 import sys
 import time
 from collections import deque
-from contextlib import AbstractContextManager, ExitStack, closing
+from contextlib import AbstractContextManager, ExitStack, closing, redirect_stdout
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -394,7 +394,7 @@ def train(args: Args) -> np.ndarray:
         real = np.ones((T + 1, N), bool)
         so_far = np.zeros((T, N), np.float32)  # discounted returns up to t
         episode_return, episode_length = np.zeros((2, N))
-        obs[T], _ = envs.reset(seed=int(run.rng.integers(2**29)))
+        obs[T], _ = envs.reset(seed=random.getrandbits(29))
 
         while run.step < args.total_timesteps:
             remaining = 1 - run.step / args.total_timesteps if args.anneal_lr else 1
@@ -504,6 +504,7 @@ def start_processes(stack, device):
         return 0, 1, device
     dist.init_process_group()
     stack.callback(dist.destroy_process_group)
+    stack.enter_context(redirect_stdout(sys.stdout if dist.get_rank() == 0 else None))
     own = f"cuda:{dist.get_node_local_rank(0)}" if device == "cuda" else device
     return dist.get_rank(), dist.get_world_size(), own
 
@@ -548,6 +549,7 @@ def make_env(args, video=""):
     image = seen.dtype == np.uint8 and len(seen.shape) > 1
     if image or not seen.is_np_flattenable or not isinstance(taken, ACTION_SPACES):
         raise Refusal(f"{SCRIPT}.py cannot learn {args.env_id}, from {seen} to {taken}")
+    taken.seed(args.seed)
     env = gym.wrappers.FlattenObservation(env)
     return gym.wrappers.RecordVideo(env, video, lambda _: True) if drawn and video else env
 
@@ -651,8 +653,6 @@ class Run(AbstractContextManager):
                     if any(ends):
                         break
         self.writer.add_scalar("charts/eval_return", returns.mean(), self.step)
-        if self.rank > 0:
-            return returns
         took = self.bar.format_dict["elapsed"]
         print(f"eval_return_mean={returns.mean():.2f} eval_return_std={returns.std():.2f}", end=" ")
         print(f"eval_episodes={len(returns)} env_steps={self.step} wall_seconds={took:.1f}")

@@ -345,7 +345,7 @@ def train(args: Args) -> np.ndarray:
             torch.set_num_threads(1)  # layers this small lose more to threads than they gain
 
         rewards, losses, first = [], [], deque(maxlen=100)
-        obs, _ = env.reset(seed=int(run.rng.integers(2**29)))
+        obs, _ = env.reset(seed=random.getrandbits(29))
 
         while run.step < args.total_timesteps:
             # 2. Act.
@@ -442,6 +442,7 @@ def make_env(args, video=""):
     image = seen.dtype == np.uint8 and len(seen.shape) > 1
     if image or not seen.is_np_flattenable or not isinstance(taken, ACTION_SPACES):
         raise Refusal(f"{SCRIPT}.py cannot learn {args.env_id}, from {seen} to {taken}")
+    taken.seed(args.seed)
     env = gym.wrappers.FlattenObservation(env)
     return gym.wrappers.RecordVideo(env, video, lambda _: True) if drawn and video else env
 
@@ -545,8 +546,6 @@ class Run(AbstractContextManager):
                     if any(ends):
                         break
         self.writer.add_scalar("charts/eval_return", returns.mean(), self.step)
-        if self.rank > 0:
-            return returns
         took = self.bar.format_dict["elapsed"]
         print(f"eval_return_mean={returns.mean():.2f} eval_return_std={returns.std():.2f}", end=" ")
         print(f"eval_episodes={len(returns)} env_steps={self.step} wall_seconds={took:.1f}")
