@@ -59,9 +59,8 @@ from typing import Literal, get_args
 import gymnasium as gym
 import numpy as np
 import torch
-import torch.distributed as dist
 import tyro
-from torch import Tensor, nn
+from torch import Tensor, distributed as dist, nn
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
