@@ -263,9 +263,9 @@ def box_actions(space):
     """
     low, high = space.low.astype(np.float64), space.high.astype(np.float64)
     bounded = (low > -1e9) & (high < 1e9)
+    least, most = np.where(bounded, low, -1), np.where(bounded, high, 1)
     whole = space.dtype.kind in "iub"
-    scale = np.where(bounded, high - low + whole, 2) / 2
-    shift = np.where(bounded, high + low, 0) / 2
+    scale, shift = (most - least + whole * bounded) / 2, (most + least) / 2
 
     def to_env(action):
         check_finite("an action of the policy", action)

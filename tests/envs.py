@@ -4,6 +4,8 @@
 and so on. The discount that the values below speak of is gamma.
 """
 
+import random
+
 import gymnasium as gym
 import numpy as np
 from gymnasium import spaces
@@ -102,6 +104,78 @@ class Both(Tiny):
         return 1, terminated, self.t == 5
 
 
+class Stays(Observed):
+    """The sign observed is the reward, and stays; a time limit cuts every second step.
+
+    V(s) = s / (1 - gamma), as the final observation has the sign. The next episode's first one has
+    any: a value taken from it would be 0 on average, and V(s) about s.
+    """
+
+    def outcome(self, action):
+        return self.sign, False, self.t == 2
+
+
+class Bandit(Tiny):
+    """-4 (a - 0.3)² for one action: under max-entropy a Gaussian of variance alpha / 8 is best."""
+
+    action_space = spaces.Box(-1, 1, (1,), np.float32)
+
+    def outcome(self, action):
+        return -4 * (action[0] - 0.3) ** 2, True, False
+
+
+class Dimmer(Tiny):
+    """Levels from 100 to 200 in a byte, of which 180 pays 1 and every other less."""
+
+    action_space = spaces.Box(100, 200, (1,), np.uint8)
+
+    def outcome(self, action):
+        assert self.action_space.contains(action), action
+        return 1 - abs(int(action[0]) - 180) / 100, True, False
+
+
+class Draws(Tiny):
+    """Observes draws of numpy's and Python's global generators and of its own; notes what it was given."""
+
+    seeds, log = [], []
+
+    def reset(self, *, seed=None, options=None):
+        Draws.seeds.append(seed)
+        self.own = 0.0
+        return super().reset(seed=seed)
+
+    def obs(self):
+        self.own = float(self.np_random.uniform(-1, 1))
+        return np.array([self.own + random.random(), np.random.random()], np.float32)
+
+    def step(self, action):
+        Draws.log.append((self.own, float(np.asarray(action).flat[0])))
+        return super().step(action)
+
+    def outcome(self, action):
+        return 0, False, self.t == 5
+
+
+class Faulty(Tiny):
+    """After `good` steps of all such environments its reward, its observation or its step fails."""
+
+    steps, good = 0, 10**9
+
+    def __init__(self, fault="reward"):
+        self.fault = fault
+
+    def obs(self):
+        bad = self.fault == "observation" and Faulty.steps > Faulty.good
+        return np.full(2, np.nan if bad else 0, np.float32)
+
+    def outcome(self, action):
+        Faulty.steps += 1
+        if Faulty.steps > Faulty.good and self.fault == "step":
+            raise OSError("the simulator went away")
+        bad = self.fault == "reward" and Faulty.steps > Faulty.good
+        return np.nan if bad else 1, self.t == 5, False
+
+
 class Spaces(Tiny):
     """Any spaces at all: random observations, every action checked, reward 0, 7 steps."""
 
@@ -134,6 +208,13 @@ class BothBox(Both):
     action_space = spaces.Box(-1, 1, (1,), np.float32)
 
 
-DISCRETE = Constant, TwoStep, Observed, Matched, Truncates, Terminates, Both
-for env in (*DISCRETE, MatchedBox, TruncatesBox, TerminatesBox, BothBox, Spaces):
+def boxed(kind):
+    """The same where any action of a Box from -1 to 1 will do."""
+    return type(f"{kind.__name__}Box", (kind,), {"action_space": TruncatesBox.action_space})
+
+
+StaysBox, DrawsBox, FaultyBox = map(boxed, (Stays, Draws, Faulty))
+DISCRETE = Constant, TwoStep, Observed, Matched, Truncates, Terminates, Both, Stays, Draws, Faulty
+BOXES = MatchedBox, TruncatesBox, TerminatesBox, BothBox, StaysBox, DrawsBox, FaultyBox, Bandit, Dimmer
+for env in (*DISCRETE, *BOXES, Spaces):
     gym.register(f"{env.__name__}-v0", env, disable_env_checker=True, order_enforce=False)

@@ -1,4 +1,4 @@
-"""ddpg.py, and what td3.py and sac.py share with it: updates against plain torch, and the loop."""
+"""ddpg.py, and what td3.py shares with it: updates against plain torch, and the loop."""
 
 import copy
 import math
@@ -7,7 +7,6 @@ import ddpg
 import gymnasium as gym
 import numpy as np
 import pytest
-import sac
 import td3
 import torch
 import torch._dynamo
@@ -15,7 +14,7 @@ from conftest import command
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-SCRIPTS = {"ddpg": ddpg, "td3": td3, "sac": sac}
+SCRIPTS = {"ddpg": ddpg, "td3": td3}
 every = pytest.mark.parametrize("script", SCRIPTS.values(), ids=SCRIPTS)
 BOX = gym.spaces.Box(-2, 2, (2,))
 
@@ -55,47 +54,27 @@ def plain_critics(critic):
     return nets
 
 
-def density(mean, log_std, noise):
-    """tanh of a Gaussian sample, and its log-probability by torch.distributions."""
-    base = torch.distributions.Normal(mean, log_std.exp())
-    squashed = torch.distributions.TanhTransform(cache_size=1)
-    policy = torch.distributions.TransformedDistribution(base, [squashed])
-    action = squashed(mean + log_std.exp() * noise)
-    return action, policy.log_prob(action).sum(-1)
-
-
 def reference(script, args, state, batches):
-    """What updates should leave: the actor, the critics and their targets, and log α."""
+    """What updates should leave: the actor, the critics and their targets."""
     networks = state[0]
     actor, critics = plain(networks["actor"]), plain_critics(networks["critic"])
     target_actor, target_critics = copy.deepcopy(actor), copy.deepcopy(critics)
     options = {"lr": args.learning_rate, "eps": 1e-5}
     adam = torch.optim.Adam(actor.parameters(), **options)
     critic_adam = torch.optim.Adam([p for q in critics for p in q.parameters()], **options)
-    log_alpha = torch.zeros(1, requires_grad=True)
-    alpha_adam = torch.optim.Adam([log_alpha], **options)
     torch.manual_seed(5)
 
     def q_of(nets, obs, action):
         return [q(torch.cat([obs, action], -1)).squeeze(-1) for q in nets]
 
-    def sample(net, obs):
-        mean, log_std = net(obs).chunk(2, -1)
-        return density(mean, log_std.clamp(-20, 2), torch.randn_like(mean))
-
     for number, (obs, action, reward, next_obs, bootstrap) in enumerate(batches):
-        alpha = log_alpha.detach().exp()
         with torch.no_grad():
-            logp = 0
-            if script is sac:
-                next_action, logp = sample(actor, next_obs)
-            else:
-                next_action = target_actor(next_obs).tanh()
+            next_action = target_actor(next_obs).tanh()
             if script is td3:
                 noise = 0.2 * torch.randn_like(next_action)
                 next_action = (next_action + noise.clamp(-0.5, 0.5)).clamp(-1, 1)
             lowest = torch.stack(q_of(target_critics, next_obs, next_action)).min(0).values
-            y = reward + bootstrap * (lowest - alpha * logp)
+            y = reward + bootstrap * lowest
         loss = sum(nn.functional.mse_loss(q, y) for q in q_of(critics, obs, action))
         critic_adam.zero_grad()
         loss.backward()
@@ -103,22 +82,14 @@ def reference(script, args, state, batches):
         if script is td3 and number % 2 == 0:
             continue
         adam.zero_grad()
-        if script is sac:
-            new_action, logp = sample(actor, obs)
-            lowest = torch.min(*q_of(critics, obs, new_action))
-            (alpha * logp - lowest).mean().backward()
-            alpha_adam.zero_grad()
-            (-log_alpha * (logp.detach().mean() - 2)).sum().backward()
-            alpha_adam.step()
-        else:
-            (-q_of(critics, obs, actor(obs).tanh())[0]).mean().backward()
+        (-q_of(critics, obs, actor(obs).tanh())[0]).mean().backward()
         adam.step()
         pairs = [(target_actor, actor), *zip(target_critics, critics)]
         for p_target, p in (
             (a, b) for x, y in pairs for a, b in zip(x.parameters(), y.parameters())
         ):
             p_target.data = (1 - args.tau) * p_target.data + args.tau * p.data
-    return actor, critics, target_actor, target_critics, log_alpha
+    return actor, critics, target_actor, target_critics
 
 
 @every
@@ -131,17 +102,14 @@ def test_updates_are_those_of_plain_torch(script):
     updates(script, args, state, batches)
     networks, obs, action = state[0], torch.randn(50, 3), torch.rand(50, 2)
     close = lambda x, y: torch.testing.assert_close(x, y, atol=1e-5, rtol=1e-4)  # noqa: E731
-    actor, critics, target_actor, target_critics, log_alpha = expected
+    actor, critics, target_actor, target_critics = expected
     close(networks["actor"](obs), actor(obs))
     x = torch.cat([obs, action], -1)
     for name, nets in ("critic", critics), ("target_critic", target_critics):
         q = torch.stack([net(x).squeeze(-1) for net in nets])
         assert q.shape == (1 if script is ddpg else 2, 50)
         close(networks[name](obs, action), q)
-    if script is sac:
-        close(networks["log_alpha"][0], log_alpha)
-    else:
-        close(networks["target_actor"](obs), target_actor(obs))
+    close(networks["target_actor"](obs), target_actor(obs))
 
 
 class Products(TorchDispatchMode):
@@ -170,12 +138,11 @@ def test_no_product_is_computed_in_vain(script):
     state = script.initialise(args, o, BOX)
     with Products() as products:
         updates(script, args, state, [a_batch(B)] * 2)
-    out, n = (2 * a, 2) if script is sac else (a, 1 if script is ddpg else 2)
+    out, n = a, 1 if script is ddpg else 2
     actor, critic = o * H + H * H + H * out, (o + a) * H + H * H
     target = actor + n * critic
     critic_step = n * (critic + critic + H * H)  # forward, weights, the layer below
-    used = n if script is sac else 1
-    actor_step = actor + used * 2 * critic  # forward, and back to the action
+    actor_step = actor + 2 * critic  # forward, and back to the action
     actor_step += actor + H * H + H * out  # weights, and the layers below
     exact = 2 * (target + critic_step) + (1 if script is td3 else 2) * actor_step
     assert products.count == B * exact
@@ -280,8 +247,6 @@ COMMON = dict(hidden=32, batch_size=64, gamma=0.9, learning_rate=3e-3, burn_in=2
 def trained(script, tmp_path, env_id, steps, **options):
     """Evaluation returns, the checkpoint, and the mean of Q(s, π(s)) over critics."""
     options = {**COMMON, "eval_episodes": 20, **options}
-    if script is sac:
-        options = {"alpha": 0.01, **options}
     args = script.Args(env_id=env_id, total_timesteps=steps, run_dir=str(tmp_path), **options)
     returns = script.train(args)
     checkpoint = torch.load(tmp_path / "checkpoint.pt", weights_only=True)

@@ -273,10 +273,11 @@ class Means:
 
 def test_gaussian_samples_have_the_density():
     """a ~ N(m, σ²), [Gaussian Policy, eq. 2], has the distribution that eq. 1 names."""
-    space = ppo.gym.spaces.Box(-1, 1, (1,), np.float32)
-    policy = ppo.GaussianPolicy(None, 2, space, 4, std=0.7)
+    args = ppo.Args(env_id="TruncatesBox-v0", hidden=4, init_std=0.7)
+    policy = ppo.make_policy(ppo.make_env(args), args)
     obs, n = np.array([[0.3, -1.2]], np.float32), 100_000
-    actions = policy.actor()(obs.repeat(n, 0), policy.noise(n))[:, 0]
+    rng = np.random.default_rng(0)
+    actions = policy.sample(ppo.in_numpy(policy)(obs.repeat(n, 0)), rng)[:, 0]
     mean = policy(torch.from_numpy(obs)).item()
     grid = torch.linspace(mean - 7, mean + 7, 10_001, dtype=F64)
     log_std = torch.tensor([math.log(0.7)], dtype=F64)

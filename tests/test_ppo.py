@@ -3,6 +3,7 @@
 import re
 
 import envs
+import gymnasium as gym
 import numpy as np
 import ppo
 import pytest
@@ -46,57 +47,104 @@ def test_gaussian_against_torch():
     torch.testing.assert_close(ppo.gaussian_entropy(log_std), reference.entropy()[0])
 
 
+def policy_for(env_id, **options):
+    """A policy with the options, and an environment of env_id."""
+    args = ppo.Args(env_id=env_id, **{"hidden": 8, **options})
+    env = ppo.make_env(args)
+    return ppo.make_policy(env, args), env
+
+
 def test_sampled_actions_follow_the_policy():
     torch.manual_seed(0)
-    space = ppo.gym.spaces.Discrete(3)
-    policy = ppo.SoftmaxPolicy(None, 2, space, 8)
-    torch.nn.init.normal_(policy.layers[-1].weight)
-    obs, act = np.ones((1, 2), np.float32), policy.actor()
+    policy, _ = policy_for("Matched-v0")
+    torch.nn.init.normal_(policy[-1].weight)
+    obs = np.ones((1, 2), np.float32)
     probability = policy(torch.from_numpy(obs)).softmax(-1)[0]
-    count = np.bincount(act(obs, policy.noise(100_000)), minlength=3)
+    logits = ppo.in_numpy(policy)(obs.repeat(100_000, 0))
+    count = np.bincount(policy.sample(logits, np.random.default_rng(0)), minlength=2)
     np.testing.assert_allclose(count / 100_000, probability.detach(), atol=0.01)
-    assert act(obs) == probability.argmax()
+    assert policy.act(obs) == probability.argmax()
 
 
-@pytest.mark.parametrize("norm", [None, ppo.RunningNorm(3)], ids=["raw", "norm"])
-def test_numpy_computes_what_torch_does(norm):
-    if norm:
-        norm.update(torch.randn(50, 3) * 7 + 2)
-    obs = torch.randn(11, 3) * 10
-    policy = ppo.GaussianPolicy(norm, 3, ppo.gym.spaces.Box(-1, 1, (2,)), 8, std=0.5)
-    noise = policy.noise(11)
-    with torch.no_grad():
-        mean = policy(obs)
-    act = policy.actor()
-    np.testing.assert_allclose(act(obs.numpy()), mean, atol=1e-6)
-    np.testing.assert_allclose(act(obs.numpy(), noise), mean.numpy() + 0.5 * noise, atol=1e-6)
-    assert abs(noise.std() - 1) < 0.5
+@pytest.mark.parametrize("norm_obs", [False, True])
+def test_numpy_computes_what_torch_does(norm_obs):
+    policy, _ = policy_for("TruncatesBox-v0", norm_obs=norm_obs, init_std=0.5)
+    if norm_obs:
+        policy[0].include(torch.randn(50, 2) * 7 + 2)
+    obs = np.float32(np.random.default_rng(0).normal(size=(1_000, 2)) * 10)
+    mean = policy(torch.from_numpy(obs)).detach().numpy()
+    np.testing.assert_allclose(ppo.in_numpy(policy)(obs), mean, atol=1e-6)
+    actions = policy.sample(mean, np.random.default_rng(0))
+    assert actions.dtype == np.float32 and abs((actions - mean).std() - 0.5) < 0.05
+    np.testing.assert_allclose(policy.act(obs), mean.clip(-1, 1), atol=1e-6)
 
 
-def test_adam_is_torchs():
-    theta, ours = torch.randn(2, 7)
-    ours.copy_(theta)
-    reference, adam = torch.nn.Parameter(theta.clone()), ppo.Adam(ours)
-    optimizer = torch.optim.Adam([reference], eps=1e-5)
-    for k in range(5):
-        reference.grad = torch.randn(7)
-        optimizer.param_groups[0]["lr"] = 0.1 / (k + 1)
-        optimizer.step()
-        adam.step(reference.grad, 0.1 / (k + 1))
-    torch.testing.assert_close(ours, reference.detach())
+class Doubled(torch.nn.Sequential):
+    """A network with a forward of its own."""
+
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+class Halved(torch.nn.Linear):
+    """A layer with a forward of its own."""
+
+    def forward(self, x):
+        return super().forward(x) / 2
+
+
+@pytest.mark.parametrize(
+    "layers",
+    [
+        [torch.nn.Linear(3, 4), torch.nn.GELU(), torch.nn.Linear(4, 2)],
+        [torch.nn.Linear(3, 4), torch.nn.Tanh(), torch.nn.LayerNorm(4), torch.nn.Linear(4, 2)],
+        [torch.nn.Linear(3, 4, bias=False), torch.nn.ReLU(), Halved(4, 2)],
+        [torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.Softplus()), torch.nn.Linear(3, 2)],
+        [torch.nn.Linear(3, 2), Doubled(torch.nn.Tanh())],
+        [ppo.RunningNorm(3), torch.nn.Linear(3, 2)],
+    ],
+    ids=["other activation", "more layers", "no bias", "nested", "own forward", "normaliser"],
+)
+def test_a_changed_network_acts_as_it_learns(layers):
+    net = torch.nn.Sequential(*layers)
+    for x in (np.float32([[0.5, -2, 1], [3, 0, -1]]), np.float32([1, 2, 3])):
+        ours = ppo.in_numpy(net)(x)
+        np.testing.assert_allclose(ours, net(torch.from_numpy(x)).detach(), atol=1e-6)
+    own = Doubled(*layers)
+    np.testing.assert_allclose(ppo.in_numpy(own)(x), 2 * ours, atol=1e-6)
 
 
 def test_box_actions_are_scaled_and_clipped_for_the_environment_only():
     low, high = np.array([-1, 0, -np.inf, 2]), np.array([1, 10, np.inf, np.inf])
-    space = ppo.gym.spaces.Box(low.reshape(2, 2), high.reshape(2, 2), dtype=np.float64)
-    policy = ppo.GaussianPolicy(None, 3, space, 8, std=1.0)
+    space = gym.spaces.Box(low.reshape(2, 2), high.reshape(2, 2), dtype=np.float64)
+    to_env = ppo.box_actions(space)
     action = np.array([[0.5, 0.5, 0.5, 0.5], [2.0, 2.0, 2.0, 2.0], [-2.0, -2.0, -2.0, 9.0]])
-    sent = policy.to_env(action)
+    sent = to_env(action)
     assert sent.shape == (3, 2, 2) and all(space.contains(a) for a in sent)
     exact = [[0.5, 7.5, 0.5, 2], [1, 10, 2, 2], [-1, 0, -2, 9]]
     np.testing.assert_allclose(sent.reshape(3, 4), exact)
-    many = policy.actor()(np.zeros((1000, 3), np.float32), policy.noise(1000))
-    assert np.abs(many).max() > 2, "what is sampled and stored is not clipped"
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "dtype"),
+    [(-100, 100, np.int8), (0, 255, np.uint8), (100, 200, np.uint8), (-3, 4, np.int64), (0, 1, bool)],
+)
+def test_the_levels_of_an_integer_box_are_chosen_equally_often(low, high, dtype):
+    space = gym.spaces.Box(low, high, (1,), dtype)
+    to_env, levels = ppo.box_actions(space), high - low + 1
+    uniform = (np.arange(levels * 50) + 0.5) / (levels * 50) * 2 - 1
+    sent = to_env(uniform[:, None])
+    assert sent.dtype == dtype and all(space.contains(a) for a in sent[::50])
+    values, counts = np.unique(sent.astype(int), return_counts=True)
+    assert values.tolist() == list(range(low, high + 1)) and set(counts) == {50}
+    assert (np.diff(sent[:, 0].astype(int)) >= 0).all(), "not inverted"
+    assert to_env(np.array([[-7.0], [7.0]])).flatten().tolist() == [low, high]
+
+
+def test_actions_that_are_not_finite_never_reach_the_environment():
+    to_env = ppo.box_actions(gym.spaces.Box(-1, 1, (1,)))
+    with pytest.raises(ppo.Refusal, match="not finite"):
+        to_env(np.array([[np.nan]]))
 
 
 # Surrogates
@@ -218,17 +266,6 @@ def test_gae_limits():
     torch.testing.assert_close(ppo.gae(rewards, values, no, end, 0.5, 1.0), returns - values[:-1])
 
 
-def test_running_sums_restart_with_each_episode():
-    rewards, _, _, _, valid = random_rollout()
-    start = torch.full((6,), 3.0, dtype=torch.float64)
-    ours = ppo.running_sums(rewards, 0.9 * valid[:-1], start)
-    for n in range(6):
-        total = 3.0
-        for t in range(40):
-            total = total * 0.9 + rewards[t, n].item() if valid[t, n] else 0.0
-            assert ours[t, n].item() == pytest.approx(total, rel=1e-5, abs=1e-5)
-
-
 # Normaliser
 
 
@@ -237,7 +274,7 @@ def test_running_norm_equals_the_statistics_of_everything():
     norm = ppo.RunningNorm(3)
     torch.testing.assert_close(norm(data[:5] / 1000), data[:5] / 1000)  # nothing seen: as it is
     for part in data.split([1, 10, 489, 500]):
-        norm.update(part)
+        norm.include(part)
     torch.testing.assert_close(norm.mean, data.mean(0))
     torch.testing.assert_close(norm.var, data.var(0, correction=0), rtol=1e-4, atol=1e-3)
     assert norm.count == 1000
@@ -248,10 +285,10 @@ def test_running_norm_equals_the_statistics_of_everything():
 
 
 def test_each_loss_moves_its_own_network():
-    norm = ppo.RunningNorm(2)
-    policy = ppo.SoftmaxPolicy(norm, 2, ppo.gym.spaces.Discrete(3), 8)
-    critic = ppo.MLP(norm, 2, 8, 1, 1.0)
-    obs, action, target = torch.randn(9, 2), torch.randint(3, (9,)), torch.randn(9)
+    policy, env = policy_for("Matched-v0", norm_obs=True)
+    args = ppo.Args(hidden=8)
+    critic = torch.nn.Sequential(policy[0], *ppo.mlp(env, args, 1, 1.0))
+    obs, action, target = torch.randn(9, 2), torch.randint(2, (9,)), torch.randn(9)
 
     def receivers(loss):
         policy.zero_grad(), critic.zero_grad()
@@ -263,14 +300,12 @@ def test_each_loss_moves_its_own_network():
         return (logp - logp.detach()).exp()
 
     assert receivers(ppo.clipped_surrogate(ratio(), target, 0.2, 0.2)) == [{True}, {False}]
-    assert receivers(ppo.penalized_surrogate(ratio(), target, ratio().mean(), 1)) == [
-        {True},
-        {False},
-    ]
+    penalized = ppo.penalized_surrogate(ratio(), target, ratio().mean(), 1)
+    assert receivers(penalized) == [{True}, {False}]
     assert receivers(policy.entropy(policy(obs)).mean()) == [{True}, {False}]
     assert receivers(ppo.value_loss(critic(obs).squeeze(-1), target)) == [{False}, {True}]
-    assert not any(p.requires_grad for p in norm.buffers())
-    gaussian = ppo.GaussianPolicy(norm, 2, ppo.gym.spaces.Box(-1, 1, (3,)), 8, std=1.0)
+    assert not any(p.requires_grad for p in policy[0].buffers())
+    gaussian, _ = policy_for("TruncatesBox-v0")
     gaussian.entropy(gaussian(obs)).mean().backward()
     moved = {name for name, p in gaussian.named_parameters() if p.grad is not None}
     assert moved == {"log_std"}, "the entropy of a Gaussian is in its deviation alone"
@@ -285,14 +320,13 @@ COMMON = dict(
 
 def trained(tmp_path, env_id, steps, **options):
     """Evaluation returns, and the policy and V_φ from the checkpoint as functions of observations."""
-    args = ppo.Args(
-        env_id=env_id, total_timesteps=steps, run_dir=str(tmp_path), **{**COMMON, **options}
-    )
+    options = {"run_dir": str(tmp_path), **COMMON, **options}
+    args = ppo.Args(env_id=env_id, total_timesteps=steps, **options)
     returns = ppo.train(args)
     checkpoint = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
-    env = ppo.make_envs(env_id, 1)
-    policy = ppo.make_policy(env, args)
-    critic = ppo.MLP(policy.norm, env.single_observation_space.shape[0], args.hidden, 1, 1.0)
+    policy, env = policy_for(env_id, hidden=args.hidden, norm_obs=args.norm_obs)
+    norm = [policy[0]] if args.norm_obs else []
+    critic = torch.nn.Sequential(*norm, *ppo.mlp(env, args, 1, 1.0))
     policy.load_state_dict(checkpoint["policy"])
     critic.load_state_dict(checkpoint["critic"])
     return returns, lambda *obs: critic(torch.tensor(obs).float()).squeeze(-1).tolist()
@@ -332,12 +366,23 @@ def test_continuous_action(tmp_path, options):
 
 def test_the_entropy_bonus_keeps_the_policy_wide(tmp_path):
     trained(tmp_path, "Matched-v0", 8_000, entropy_coef=10.0)
-    assert scalars(tmp_path)["losses/entropy"][-1] > 0.65  # log 2 is 0.69; without it, towards 0
+    assert scalars(tmp_path)["losses/last_entropy"][-1] > 0.65  # log 2 is 0.69; without it, towards 0
 
 
 def test_time_limit_does_not_end_the_value(tmp_path):
     _, value = trained(tmp_path, "Truncates-v0", 20_000)
     assert value([0, 0]) == pytest.approx([10], abs=0.3)
+
+
+def test_a_time_limit_bootstraps_from_the_final_observation(tmp_path):
+    """Not from the first one of the next episode, which stands for another state."""
+    _, value = trained(tmp_path, "Stays-v0", 20_000)
+    assert value([1, 0], [-1, 0]) == pytest.approx([10, -10], abs=0.5)
+
+
+def test_an_integer_box_is_learned(tmp_path):
+    returns, _ = trained(tmp_path, "Dimmer-v0", 16_000)
+    assert returns.mean() > 0.95
 
 
 def test_termination_ends_the_value(tmp_path):
@@ -347,7 +392,7 @@ def test_termination_ends_the_value(tmp_path):
 
 
 def test_both_ends(tmp_path):
-    _, value = trained(tmp_path, "Both-v0", 30_000)
+    _, value = trained(tmp_path, "Both-v0", 60_000, num_steps=128)  # much data: small noise
     assert value([0, 0]) == pytest.approx([1 / (1 - 0.8 * 0.9)], abs=0.15)
 
 
@@ -357,18 +402,62 @@ def scalars(tmp_path):
     return {tag: [event.value for event in log.Scalars(tag)] for tag in log.Tags()["scalars"]}
 
 
+@pytest.mark.parametrize("norm_obs", [False, True])
 @pytest.mark.parametrize("env_id", ["Matched-v0", "MatchedBox-v0"])
-def test_without_a_step_the_ratio_stays_1(tmp_path, monkeypatch, env_id):
+def test_without_a_step_the_ratio_stays_1(tmp_path, monkeypatch, env_id, norm_obs):
+    """Also where observations are normalised: log μ and π see the same statistics."""
     stored, log_prob = [], ppo.gaussian_log_prob
     spy = lambda mean, log_std, a: stored.append(a) or log_prob(mean, log_std, a)  # noqa: E731
     monkeypatch.setattr(ppo, "gaussian_log_prob", spy)
-    trained(tmp_path, env_id, 2_000, learning_rate=0.0)
+    trained(tmp_path, env_id, 2_000, learning_rate=0.0, norm_obs=norm_obs)
     assert bool(stored) == (env_id == "MatchedBox-v0")
     assert not stored or max(a.abs().max() for a in stored) > 1, "actions are stored as sampled"
     logged = scalars(tmp_path)
     assert len(logged["losses/policy_loss"]) >= 4
-    for name in ("policy_loss", "kl", "clip_fraction"):  # the standardised advantages have mean 0
-        assert logged[f"losses/{name}"] == pytest.approx([0] * len(logged["losses/kl"]), abs=1e-5)
+    for name in ("policy_loss", "last_kl", "last_clip_fraction"):  # standardised: mean 0
+        values = logged[f"losses/{name}"]
+        assert values == pytest.approx([0] * len(values), abs=1e-5)
+
+
+def test_target_kl_ends_the_passes(tmp_path, monkeypatch):
+    """With any KL above the target one pass is made, with none all of them."""
+    for target, passes in ((1e-9, 1), (1e9, 4)):
+        steps, step = [], torch.optim.Adam.step
+        with monkeypatch.context() as patch:
+            patch.setattr(torch.optim.Adam, "step", lambda *a: steps.append(1) or step(*a))
+            # one batch of 16 x 32 real steps, so four updates a pass
+            trained(tmp_path / str(target), "Both-v0", 300, target_kl=target)
+        assert len(steps) == 4 * passes
+
+
+def test_the_clip_fraction_is_of_the_clip_objective(tmp_path):
+    trained(tmp_path, "Matched-v0", 1_000, objective="kl")
+    assert "losses/last_clip_fraction" not in scalars(tmp_path)
+
+
+def test_the_scale_of_rewards_is_that_of_returns_which_begin_anew(tmp_path):
+    """Five steps of reward 1, γ = 0.9: 1, 1.9, 2.71, ... up to t, their mean and variance exactly."""
+    trained(tmp_path, "Terminates-v0", 2_000, norm_rewards=True, num_steps=30)
+    norm = torch.load(tmp_path / "checkpoint.pt", weights_only=True)["reward_norm"]
+    exact = np.cumsum(0.9 ** np.arange(5))  # T = 30 is five episodes and their reset steps
+    assert norm["mean"].item() == pytest.approx(exact.mean(), rel=1e-5)
+    assert norm["var"].item() == pytest.approx(exact.var(), rel=1e-5)
+
+
+def test_scaled_rewards_have_a_floor_and_a_clip(tmp_path):
+    """A constant return has no deviation: its reward is not multiplied without bound."""
+    _, value = trained(tmp_path, "Constant-v0", 20_000, norm_rewards=True, learning_rate=3e-2)
+    assert value([0, 0]) == pytest.approx([10], abs=0.5)
+
+
+def test_no_clip_of_the_gradient(tmp_path):
+    """--max-grad-norm 0 is no clip: as a very large one, bit for bit."""
+    weights = []
+    for norm in (0.0, 1e9):
+        trained(tmp_path / str(norm), "Matched-v0", 1_000, max_grad_norm=norm)
+        path = tmp_path / str(norm) / "checkpoint.pt"
+        weights.append(torch.load(path, weights_only=True)["policy"]["0.weight"])
+    assert torch.equal(*weights) and weights[0].abs().max() > 0
 
 
 @pytest.mark.parametrize("env_id", ["Constant-v0", "TwoStep-v0", "Truncates-v0"])
@@ -391,8 +480,9 @@ def test_asymmetric_clip_and_penalty_reach_the_update(tmp_path):
     """Options that change the objective change the weights; a default spelt out does not."""
 
     def weights(**options):
-        trained(tmp_path, "Matched-v0", 500, **options)
-        return torch.load(tmp_path / "checkpoint.pt", weights_only=True)["policy"]
+        folder = tmp_path / str(options)
+        trained(folder, "Matched-v0", 500, **options)
+        return torch.load(folder / "checkpoint.pt", weights_only=True)["policy"]
 
     base = weights()
     differs = lambda **o: any(not torch.equal(base[k], v) for k, v in weights(**o).items())  # noqa: E731
