@@ -366,7 +366,7 @@ def train(args: Args) -> np.ndarray:
         clip_low, clip_high = args.clip_low, args.clip_high
         if N * world != args.num_envs:
             raise Refusal(f"--num-envs {args.num_envs} cannot be shared out to {world} processes")
-        if args.minibatches > N * (T // 2):  # at worst every second step is a reset step
+        if args.minibatches > T // 2 * N:  # at worst every second step is a reset step
             raise Refusal(f"--minibatches {args.minibatches}: too many for {N} x {T} steps")
 
         # 1. Initialise, alike in every process.
@@ -417,7 +417,7 @@ def train(args: Args) -> np.ndarray:
 
             # 3. Advantages and returns. Values and log μ of the whole rollout take one pass each.
             rollout = obs, np.stack(actions), rewards, terminated, truncated, real[:T]
-            s, a, r, *ends, real_steps = (torch.from_numpy(x) for x in rollout)
+            s, a, r, *ends, real_steps = map(torch.from_numpy, rollout)
             if args.norm_rewards:
                 for t in range(T):  # at first so_far[-1] is where the last rollout ended
                     so_far[t] = rewards[t] + gamma * real[t] * so_far[t - 1]
