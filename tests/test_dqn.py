@@ -2,6 +2,7 @@
 
 import double_dqn
 import dqn
+import gymnasium as gym
 import numpy as np
 import pytest
 import torch
@@ -10,11 +11,11 @@ from conftest import command
 both = pytest.mark.parametrize("script", [dqn, double_dqn], ids=["dqn", "double_dqn"])
 
 
-def target(script, reward, bootstrap, q_online, q_target):
+def target(script, reward, discount, q_online, q_target):
     """The target as train computes it."""
     if script is dqn:
-        return dqn.dqn_target(reward, bootstrap, q_target)
-    return double_dqn.double_dqn_target(reward, bootstrap, q_online, q_target)
+        return dqn.dqn_target(reward, discount, q_target)
+    return double_dqn.double_dqn_target(reward, discount, q_online, q_target)
 
 
 # Equations
@@ -23,15 +24,15 @@ def target(script, reward, bootstrap, q_online, q_target):
 def test_targets():
     q_a = torch.tensor([[1.0, 5.0, 3.0], [2.0, 0.0, 1.0]])
     q_b = torch.tensor([[9.0, 4.0, 7.0], [6.0, 8.0, 3.0]])
-    reward, bootstrap = torch.tensor([1.0, -1.0]), torch.tensor([0.9, 0.0])
-    y = dqn.dqn_target(reward, bootstrap, q_b)
+    reward, discount = torch.tensor([1.0, -1.0]), torch.tensor([0.9, 0.0])
+    y = dqn.dqn_target(reward, discount, q_b)
     assert y.tolist() == pytest.approx([1 + 0.9 * 9, -1])
-    y = double_dqn.double_dqn_target(reward, bootstrap, q_a, q_b)  # A selects, B evaluates
+    y = double_dqn.double_dqn_target(reward, discount, q_a, q_b)  # A selects, B evaluates
     assert y.tolist() == pytest.approx([1 + 0.9 * 4, -1])
-    y = double_dqn.double_dqn_target(reward, bootstrap, q_b, q_a)  # the document's other half
+    y = double_dqn.double_dqn_target(reward, discount, q_b, q_a)  # the document's other half
     assert y.tolist() == pytest.approx([1 + 0.9 * 1, -1])
-    same = double_dqn.double_dqn_target(reward, bootstrap, q_b, q_b)
-    torch.testing.assert_close(same, dqn.dqn_target(reward, bootstrap, q_b))
+    same = double_dqn.double_dqn_target(reward, discount, q_b, q_b)
+    torch.testing.assert_close(same, dqn.dqn_target(reward, discount, q_b))
 
 
 def test_the_max_overestimates_and_the_double_target_does_not():
@@ -56,9 +57,33 @@ def test_huber_is_the_piecewise_form(delta):
     assert dqn.squared_loss(x).item() == pytest.approx(np.mean(x.detach().numpy() ** 2))
 
 
-def test_n_step_return():
+def test_n_step_return_and_discount():
+    assert dqn.n_step_discount(0.5, 3, False) == 0.125 and dqn.n_step_discount(0.5, 3, True) == 0
     assert dqn.n_step_return([1.0, 2.0, 4.0], 0.5) == 1 + 1 + 1
     assert dqn.n_step_return([3.0], 0.5) == 3
+
+
+def test_epsilon_stays_at_1_then_falls_linearly_to_its_end():
+    at = [dqn.epsilon_at(step, 100, 50, 0.2) for step in (0, 99, 100, 125, 150, 10_000)]
+    assert at == pytest.approx([1, 1, 1, 0.6, 0.2, 0.2])
+
+
+def test_epsilon_greedy_mixes_the_best_with_uniform_actions():
+    rng, q = np.random.default_rng(0), np.array([0.0, 2.0, 1.0])
+    for epsilon in (0.0, 0.3, 1.0):
+        counts = np.bincount([dqn.epsilon_greedy(q, epsilon, rng) for _ in range(9_000)], minlength=3)
+        exact = epsilon / 3 + np.array([0, 1 - epsilon, 0])
+        np.testing.assert_allclose(counts / 9_000, exact, atol=0.02)
+
+
+def test_updates_due_are_the_ratio():
+    assert [dqn.updates_due(s, 100, 0.3) for s in (0, 100, 103, 104, 110)] == [0, 0, 0, 1, 3]
+
+
+def test_soft_update():
+    target, theta = [torch.zeros(2), torch.ones(3)], [torch.ones(2), torch.ones(3) * 3]
+    dqn.soft_update(target, theta, 0.25)
+    assert target[0].tolist() == [0.25] * 2 and target[1].tolist() == [1.5] * 3
 
 
 # A finite MDP
@@ -102,17 +127,17 @@ def test_the_update_on_one_hot_states_finds_the_optimal_values(script, loss):
     table = torch.zeros(6, 3, requires_grad=True)
     frozen, states = table.detach().clone(), torch.eye(6)
     factor = torch.full((18,), 0.9)
-    theta = table.detach().view(-1)
-    optimizer = script.Adam(theta)
+    optimizer = torch.optim.Adam([table])
     for update in range(4_000):
         q_next = states[successor.view(-1)] @ table, states[successor.view(-1)] @ frozen
         with torch.no_grad():
             y = target(script, reward.view(-1), factor, *q_next)
         x = (states @ table).view(-1) - y
         value = script.huber_loss(x, 1.0) if loss == "huber" else script.squared_loss(x)
-        optimizer.step(
-            torch.autograd.grad(value, table)[0].view(-1), 0.05 if update < 3_000 else 5e-3
-        )
+        optimizer.param_groups[0]["lr"] = 0.05 if update < 3_000 else 5e-3
+        optimizer.zero_grad()
+        value.backward()
+        optimizer.step()
         if update % 20 == 0:
             frozen.copy_(table.detach())
     torch.testing.assert_close(table.detach(), q_star.float(), atol=1e-2, rtol=0)
@@ -121,42 +146,66 @@ def test_the_update_on_one_hot_states_finds_the_optimal_values(script, loss):
 # Replay
 
 
+SPACE = gym.spaces.Box(-1, 1, (1,))
+
+
+def filled(size, steps):
+    """A buffer of this size after so many transitions: obs i, action i, reward 10 i, next i + 1."""
+    buffer = dqn.ReplayBuffer(size, SPACE, np.int64(0))
+    for i in range(steps):
+        buffer.add(np.full(1, i), i, 10 * i, np.full(1, i + 1), 0.5)
+    return buffer
+
+
 def test_buffer_overwrites_the_oldest_and_draws_the_rest():
-    buffer = dqn.ReplayBuffer(4, np.zeros(2, np.float32), np.int64(0))
-    for i in range(6):
-        buffer.add(np.full(2, i), i, 10 * i, np.full(2, i + 1), 0.5)
-    rng = np.random.default_rng(0)
-    obs, action, reward, next_obs, bootstrap = buffer.sample(1000, rng, "cpu")
-    assert obs.shape == (1000, 2) and sorted(set(action.tolist())) == [2, 3, 4, 5]
+    batch = filled(4, 6).sample(1000, np.random.default_rng(0), "cpu")
+    obs, action, reward, next_obs, discount = batch
+    assert obs.shape == (1000, 1) and sorted(set(action.tolist())) == [2, 3, 4, 5]
     assert torch.equal(obs[:, 0], action.float()) and torch.equal(next_obs, obs + 1)
-    assert torch.equal(reward, 10.0 * action) and (bootstrap == 0.5).all()
+    assert torch.equal(reward, 10.0 * action) and (discount == 0.5).all()
     counts = np.bincount(action.numpy())[2:]
     assert counts.min() > 200 and counts.max() < 300, "uniform"
 
 
-def test_half_full_buffer_draws_only_what_was_written_and_survives_a_checkpoint():
-    buffer = dqn.ReplayBuffer(10, np.zeros(1, np.float32), np.int64(0))
-    for i in range(1, 4):
-        buffer.add(np.full(1, i), 1, i, np.full(1, i), 0.9)
-    restored = dqn.ReplayBuffer(10, np.zeros(1, np.float32), np.int64(0))
-    restored.load_state_dict(buffer.state_dict())
-    assert len(buffer.state_dict()["data"][0]) == 3, "not the whole buffer"
-    draws = restored.sample(100, np.random.default_rng(0), "cpu")
-    assert set(draws[2].tolist()) == {1.0, 2.0, 3.0}
-    smaller = dqn.ReplayBuffer(2, np.zeros(1, np.float32), np.int64(0))
-    with pytest.raises(ValueError, match="buffer-size"):
-        smaller.load_state_dict(buffer.state_dict())
+@pytest.mark.parametrize(("steps", "size"), [(3, 10), (3, 5), (12, 10), (12, 20)])
+def test_a_buffer_survives_a_checkpoint_also_into_a_larger_one(steps, size):
+    buffer, restored = filled(10, steps), dqn.ReplayBuffer(size, SPACE, np.int64(0))
+    state = buffer.state_dict()
+    assert len(state["data"][0]) == min(steps, 10), "not the whole buffer"
+    restored.load_state_dict(state)
+    restored.add(np.full(1, steps), steps, 10 * steps, np.full(1, steps + 1), 0.5)
+    drawn = restored.sample(1000, np.random.default_rng(0), "cpu")[1]
+    kept = set(range(max(steps - 10, 0), steps + 1))
+    assert set(drawn.tolist()) == (kept - {steps - 10} if size == 10 else kept)
+
+
+def test_a_buffer_does_not_fit_into_a_smaller_one():
+    with pytest.raises((ValueError, RuntimeError)):
+        dqn.ReplayBuffer(2, SPACE, np.int64(0)).load_state_dict(filled(10, 3).state_dict())
+
+
+def test_saving_a_buffer_copies_nothing():
+    buffer = filled(1_000, 2_000)
+    for rows, saved in zip(buffer.data, buffer.state_dict()["data"], strict=True):
+        assert np.shares_memory(rows, saved.numpy())
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.float32, np.float64, np.int64])
+def test_observations_are_kept_in_their_own_dtype_where_it_is_narrower(dtype):
+    space = gym.spaces.Box(0, 100, (7,), dtype)
+    obs = dqn.ReplayBuffer(3, space, np.int64(0)).data[0]
+    assert obs.dtype == (np.uint8 if dtype is np.uint8 else np.float32)
 
 
 def test_a_buffer_that_cannot_fit_is_refused():
-    status, _, err = command("dqn", "--buffer-size", 10**12)
-    assert status == 2 and "--buffer-size" in err and "GiB" in err and len(err.splitlines()) == 1
+    status, _, err = command("dqn", "--buffer-size", 10**13)
+    assert status == 2 and "--buffer-size" in err and "allocate" in err.splitlines()[-1]
 
 
 # Loop
 
-COMMON = dict(hidden=32, hidden_2=32, batch_size=64, gamma=0.9, learning_rate=3e-3, burn_in=200)
-COMMON |= dict(epsilon_steps=1_000, eval_episodes=20, tau=0.02)
+COMMON = dict(hidden=32, batch_size=64, gamma=0.9, learning_rate=3e-3, burn_in=200)
+COMMON |= dict(epsilon_steps=1_000, eval_episodes=20, tau=0.02, target_every=1)
 
 
 def trained(script, tmp_path, env_id, steps, **options):
@@ -165,8 +214,8 @@ def trained(script, tmp_path, env_id, steps, **options):
     args = script.Args(env_id=env_id, total_timesteps=steps, run_dir=str(tmp_path), **options)
     returns = script.train(args)
     checkpoint = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
-    q_net = script.QNetwork(2, args.hidden, args.hidden_2, 2)
-    q_net.load_state_dict(checkpoint["q_net"])
+    q_net = script.make_policy(script.make_env(args), args)
+    q_net.load_state_dict(checkpoint["policy"])
     value = lambda *obs: q_net(torch.tensor(obs).float()).max(-1).values.tolist()  # noqa: E731
     return returns, checkpoint, value
 
@@ -177,48 +226,51 @@ def trained(script, tmp_path, env_id, steps, **options):
 def test_stored_transitions_at_both_kinds_of_end(script, tmp_path, env_id, n_step):
     """Five steps of reward 1: what N of them leave of reward and of the factor of the value."""
     _, checkpoint, _ = trained(script, tmp_path, env_id, 150, n_step=n_step)
-    obs, _, reward, next_obs, bootstrap = checkpoint["buffer"]["data"]
+    obs, _, reward, next_obs, discount = checkpoint["buffer"]["data"]
     assert len(reward) == 150
     for i in range(150):
         k = min(n_step, 5 - i % 5)
         ends = i % 5 + k == 5
         assert reward[i].item() == pytest.approx(sum(0.9**j for j in range(k)))
         terminated = ends and env_id == "Terminates-v0"
-        assert bootstrap[i].item() == pytest.approx(0 if terminated else 0.9**k)
+        assert discount[i].item() == pytest.approx(0 if terminated else 0.9**k)
         if env_id == "Terminates-v0":  # the time is observed
             assert obs[i, 0] == i % 5 - 2.5 and next_obs[i, 0] == i % 5 + k - 2.5
 
 
 @pytest.mark.parametrize("utd", [0.25, 0.3, 1.0, 3.0])
 def test_updates_are_exactly_the_ratio(tmp_path, monkeypatch, utd):
-    updates, step = [], dqn.Adam.step
-    monkeypatch.setattr(dqn.Adam, "step", lambda *a: updates.append(1) or step(*a))
+    updates, step = [], torch.optim.Adam.step
+    monkeypatch.setattr(torch.optim.Adam, "step", lambda *a: updates.append(1) or step(*a))
     trained(dqn, tmp_path, "Both-v0", 311, utd=utd, burn_in=100)
     assert len(updates) == int(utd * 211)
 
 
-def test_updates_come_in_rounds(tmp_path, monkeypatch):
-    """As many as without rounds, but at the ends of 16 steps, where the policy changes."""
-    events, step, add = [], dqn.Adam.step, dqn.ReplayBuffer.add
-    monkeypatch.setattr(dqn.Adam, "step", lambda *a: events.append("update") or step(*a))
-    monkeypatch.setattr(dqn.ReplayBuffer, "add", lambda *a: events.append("step") or add(*a))
-    trained(dqn, tmp_path, "Both-v0", 320, utd=0.5, burn_in=100, update_every=16, n_step=1)
-    at = [events[:i].count("step") for i, event in enumerate(events) if event == "update"]
-    assert len(at) == 110 and {i % 16 for i in at} == {0}
+@both
+def test_updates_wait_for_the_first_transition_of_n_steps(script, tmp_path, monkeypatch):
+    """Burn-in shorter than N: no update of an empty buffer, and none is lost."""
+    updates, step = [], torch.optim.Adam.step
+    monkeypatch.setattr(torch.optim.Adam, "step", lambda *a: updates.append(1) or step(*a))
+    trained(script, tmp_path, "Constant-v0", 3, burn_in=1, n_step=20, utd=1.0)
+    trained(script, tmp_path / "2", "CartPole-v1", 40, burn_in=1, n_step=20, utd=1.0)
+    assert len(updates) == 2 + 39
 
 
-@pytest.mark.parametrize("options", [{"target_every": 7, "tau": 0.0}, {"tau": 0.1}], ids=str)
+@pytest.mark.parametrize("options", [{"target_every": 7, "tau": 1.0}, {"tau": 0.1}], ids=str)
 def test_target_network(tmp_path, monkeypatch, options):
     """Hard: the weights of the last multiple of K updates. Soft: the exponential average."""
-    history, step = [], dqn.Adam.step
+    history, step = [], torch.optim.Adam.step
+
+    def weights(optimizer):
+        return torch.cat([x.detach().flatten() for x in optimizer.param_groups[0]["params"]])
 
     def spy(self, *a):
         if not history:
-            history.append(self.theta.clone())
+            history.append(weights(self))
         step(self, *a)
-        history.append(self.theta.clone())
+        history.append(weights(self))
 
-    monkeypatch.setattr(dqn.Adam, "step", spy)
+    monkeypatch.setattr(torch.optim.Adam, "step", spy)
     _, checkpoint, _ = trained(dqn, tmp_path, "Both-v0", 300, utd=1.0, **options)
     if "target_every" in options:
         exact = history[7 * (100 // 7)]
@@ -230,14 +282,37 @@ def test_target_network(tmp_path, monkeypatch, options):
     torch.testing.assert_close(ours, exact)
 
 
-def test_hard_and_soft_updates_exclude_each_other():
-    status, _, err = command("dqn", "--tau", 0.1, "--target-every", 5)
-    assert status == 2 and "--target-every" in err and len(err.splitlines()) == 1
+def test_the_gradient_is_clipped(tmp_path, monkeypatch):
+    for limit, clipped in ((1e-3, True), (0.0, False)):
+        norms, step = [], torch.optim.Adam.step
+
+        def spy(self, *a, norms=norms, step=step):
+            gradient = torch.cat([x.grad.flatten() for x in self.param_groups[0]["params"]])
+            norms.append(gradient.norm().item())
+            return step(self, *a)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(torch.optim.Adam, "step", spy)
+            trained(dqn, tmp_path / str(limit), "Terminates-v0", 300, max_grad_norm=limit)
+        assert norms and (max(norms) <= 1.001e-3) == clipped
+
+
+@both
+def test_epsilon_follows_its_schedule_also_over_a_resume(script, tmp_path, monkeypatch):
+    seen, choose = [], script.epsilon_greedy
+    monkeypatch.setattr(script, "epsilon_greedy", lambda q, e, rng: seen.append(e) or choose(q, e, rng))
+    options = dict(burn_in=200, epsilon_steps=400, epsilon=0.1, utd=0.01)
+    trained(script, tmp_path / "a", "Both-v0", 400, **options)
+    resume = str(tmp_path / "a/checkpoint.pt")
+    trained(script, tmp_path / "b", "Both-v0", 800, resume=resume, **options)
+    exact = [1 - 0.9 * min(max(step - 200, 0) / 400, 1) for step in range(800)]
+    assert seen == pytest.approx(exact)
 
 
 @both
 def test_only_the_online_network_receives_gradient(script):
-    q_net, target_net = (script.QNetwork(2, 8, 8, 3) for _ in range(2))
+    env = script.make_env(script.Args(env_id="Both-v0"))
+    q_net, target_net = (script.QNetwork(env, 8) for _ in range(2))
     obs = torch.randn(5, 2)
     y = target(script, torch.zeros(5), torch.ones(5), q_net(obs).detach(), target_net(obs))
     loss = script.huber_loss(q_net(obs)[:, 0] - y.detach(), 1.0)
@@ -247,8 +322,11 @@ def test_only_the_online_network_receives_gradient(script):
 
 
 def test_numpy_computes_what_torch_does():
-    q_net, obs = dqn.QNetwork(3, 8, 16, 4), torch.randn(5, 3)
-    np.testing.assert_allclose(q_net.in_numpy()(obs.numpy()), q_net(obs).detach(), atol=1e-6)
+    args = dqn.Args(env_id="Both-v0", hidden=16)
+    q_net, obs = dqn.make_policy(dqn.make_env(args), args), torch.randn(5, 2)
+    q = q_net(obs).detach()
+    np.testing.assert_allclose(dqn.in_numpy(q_net)(obs.numpy()), q, atol=1e-6)
+    assert q_net.act(obs.numpy()).tolist() == q.argmax(-1).tolist()
 
 
 @both
@@ -262,6 +340,15 @@ def test_reward_depends_on_action_and_observation(script, tmp_path):
 def test_time_limit_does_not_end_the_value(script, tmp_path, n_step):
     _, _, value = trained(script, tmp_path, "Truncates-v0", 4_000, n_step=n_step, tau=0.1)
     assert value([0, 0]) == pytest.approx([10], abs=0.3)
+
+
+@both
+@pytest.mark.parametrize("n_step", [1, 3])
+def test_a_time_limit_bootstraps_from_the_final_observation(script, tmp_path, n_step):
+    """Not from the first one of the next episode, which stands for another state."""
+    options = dict(n_step=n_step, tau=0.1, learning_rate=1e-2)
+    _, _, value = trained(script, tmp_path, "Stays-v0", 6_000, **options)
+    assert value([1, 0], [-1, 0]) == pytest.approx([10, -10], abs=0.5)
 
 
 @both
