@@ -1,4 +1,4 @@
-"""sac.py: its density, its soft values on a finite MDP, its temperature. The rest: test_ddpg.py."""
+"""sac.py: its density, its soft values on a finite MDP, its temperature, its loop."""
 
 import math
 
@@ -7,6 +7,8 @@ import numpy as np
 import pytest
 import sac
 import torch
+from conftest import command
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 ALPHA, GAMMA = 0.5, 0.9
 
@@ -57,25 +59,53 @@ def test_saturated_actions_stay_finite_and_exact(mean):
     assert torch.autograd.grad(logp.sum(), m)[0].item() == pytest.approx(math.copysign(2, mean))
 
 
-@pytest.mark.parametrize("like", [np.array, torch.tensor], ids=["numpy", "torch"])
-def test_deviations_stay_within_bounds(like):
-    mean, log_std = sac.mean_and_log_std(like([[1.0, 30.0, -1e9, 1e9], [0.0, -30.0, 0.5, 2.0]]))
-    assert mean.tolist() == [[1, 30], [0, -30]] and log_std.tolist() == [[-20, 2], [0.5, 2]]
+ARGS = dict(env_id="TruncatesBox-v0", hidden=8)
 
 
-def test_the_entropy_does_not_depend_on_units():
-    """One policy, one seed, bounds a thousand times wider: the same actions, losses and α."""
-    results = []
-    for bound in (1, 1000):
-        args = sac.Args(hidden=8, batch_size=16)
+def networks(**options):
+    """An actor and two critics for observations (2,) and actions (1,)."""
+    args = sac.Args(**{**ARGS, **options})
+    env = sac.make_env(args)
+    return sac.make_policy(env, args), sac.QNetworks(env, args.hidden, 2)
+
+
+def fix(actor, mean, log_std):
+    """Make the actor's output m and log σ whatever it observes."""
+    torch.nn.init.zeros_(actor[-1].weight)
+    actor[-1].bias.data = torch.tensor([mean, log_std])
+
+
+def test_deviations_stay_within_bounds():
+    actor, _ = networks()
+    for log_std, kept in ((-30.0, -20), (0.5, 0.5), (9.0, 2)):
+        fix(actor, 0.0, log_std)
         torch.manual_seed(0)
-        state = sac.initialise(args, 3, gym.spaces.Box(-bound, bound, (2,)))
-        batch = [torch.randn(16, n) for n in (3, 2, 1, 3, 1)]
-        batch = [x.squeeze(-1) for x in batch]
-        results.append(sac.update(args, *state, batch))
-        action = state[0]["actor"].to_env(np.full((1, 2), 0.5))
-        assert (action == 0.5 * bound).all()
-    assert results[0] == results[1]
+        action, _ = actor.sample(torch.zeros(1, 2))
+        torch.manual_seed(0)
+        expected = (math.exp(kept) * torch.randn(1, 1)).tanh()
+        torch.testing.assert_close(action, expected)
+
+
+def test_evaluation_takes_the_mean_and_learning_samples():
+    actor, _ = networks()
+    fix(actor, 0.4, -1.0)
+    obs = np.zeros((1000, 2), np.float32)
+    assert np.allclose(actor.act(obs), np.tanh(0.4))
+    sampled = actor.sample(torch.from_numpy(obs))[0].atanh()
+    assert sampled.std().item() == pytest.approx(math.exp(-1), rel=0.1)
+    assert sampled.mean().item() == pytest.approx(0.4, abs=0.05)
+
+
+def test_critics_differ_and_each_is_two_relu_layers_and_a_linear_one():
+    _, critic = networks()
+    obs, action = torch.randn(5, 2), torch.rand(5, 1)
+    q, x = critic(obs, action), torch.cat([obs, action], -1)
+    for i in range(2):
+        h = (x @ critic.w_1[i] + critic.b_1[i]).relu()
+        h = (h @ critic.w_2[i] + critic.b_2[i]).relu()
+        torch.testing.assert_close(q[i], (h * critic.w_3[i]).sum(-1) + critic.b_3[i])
+    assert not torch.equal(q[0], q[1])
+    assert critic.w_2.abs().max() <= 8**-0.5
 
 
 # Soft values on a finite MDP
@@ -179,38 +209,172 @@ def test_the_actor_loss_takes_the_lower_q_and_pays_for_log_probability():
 # Temperature
 
 
-def test_temperature_gradient():
-    logp = torch.tensor([1.0, 3.0])  # entropy -2
-    assert sac.temperature_gradient(logp, -1).item() == -1, "too low: a step down raises α"
-    assert sac.temperature_gradient(logp, -3).item() == 1
+def test_temperature_rises_where_the_entropy_is_too_low():
+    logp = torch.tensor([1.0, 3.0], requires_grad=True)  # entropy -2
+    for target, slope in ((-1, -1.0), (-3, 1.0)):
+        log_alpha = torch.tensor(0.7, requires_grad=True)
+        loss = sac.temperature_loss(log_alpha, logp, target)
+        gradient = torch.autograd.grad(loss, (log_alpha, logp), allow_unused=True)
+        assert gradient[0].item() == slope and gradient[1] is None
 
 
-def updated(alpha, updates, scale):
-    """Scalars and α's vector after updates on a bandit whose Q prefers one action by scale."""
-    torch.manual_seed(0)
-    args = sac.Args(hidden=16, batch_size=64, alpha=alpha, learning_rate=3e-3)
-    state = sac.initialise(args, 1, gym.spaces.Box(-1, 1, (1,)))
-    obs, none = torch.zeros(64, 1), torch.zeros(64)
-    for _ in range(updates):
-        action = torch.rand(64, 1) * 2 - 1
-        batch = [obs, action, -scale * (action.squeeze(-1) - 0.3) ** 2, obs, none]
-        scalars = sac.update(args, *state, batch)
-    return {name: x.item() for name, x in scalars.items()}, state[1][2]
+# Loop
+
+COMMON = dict(hidden=32, batch_size=64, gamma=0.9, learning_rate=3e-3, burn_in=200, tau=0.05)
+COMMON |= dict(alpha=0.01, eval_episodes=20)
 
 
-def test_automatic_temperature_reaches_the_target_entropy():
-    scalars, _ = updated(0.0, 2_000, 4.0)
-    assert scalars["entropy"] == pytest.approx(-1, abs=0.25)
-    assert 0 < scalars["alpha"] < 1
+def trained(tmp_path, env_id, steps, **options):
+    """Evaluation returns, the checkpoint, and the mean of Q_i(s, tanh m(s)) over the critics."""
+    options = {**COMMON, "run_dir": str(tmp_path), **options}
+    args = sac.Args(env_id=env_id, total_timesteps=steps, **options)
+    returns = sac.train(args)
+    checkpoint = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
+    actor, critic = networks(env_id=env_id, hidden=args.hidden)
+    actor.load_state_dict(checkpoint["policy"])
+    critic.load_state_dict(checkpoint["critic"])
+
+    def value(*obs):
+        obs = torch.tensor(obs).float()
+        return critic(obs, actor.mean(obs)).mean(0).tolist()
+
+    return returns, checkpoint, value
 
 
-def test_fixed_temperature_stays_and_decides_the_entropy():
+def logged(tmp_path):
+    log = EventAccumulator(str(tmp_path)).Reload()
+    return {tag: [event.value for event in log.Scalars(tag)] for tag in log.Tags()["scalars"]}
+
+
+@pytest.mark.parametrize("env_id", ["TerminatesBox-v0", "TruncatesBox-v0"])
+def test_stored_transitions_at_both_kinds_of_end(tmp_path, env_id):
+    _, checkpoint, _ = trained(tmp_path, env_id, 150)
+    obs, action, reward, next_obs, discount = checkpoint["buffer"]["data"]
+    assert len(reward) == 150 and (reward == 1).all() and action.shape == (150, 1)
+    ends = torch.arange(150) % 5 == 4
+    terminates = env_id == "TerminatesBox-v0"
+    torch.testing.assert_close(discount, torch.where(ends & terminates, 0.0, 0.9))
+    if terminates:  # the time is observed
+        assert (next_obs[:, 0] == obs[:, 0] + 1).all() and (obs[::5, 0] == -2.5).all()
+
+
+def test_burn_in_is_uniform_over_the_bounds_then_the_policy_acts(tmp_path, monkeypatch):
+    """With the policy's own deviation, which here is e⁻², not 1."""
+    make_policy = sac.make_policy
+
+    def fixed(env, args):
+        actor = make_policy(env, args)
+        fix(actor, 0.3, -2.0)
+        return actor
+
+    monkeypatch.setattr(sac, "make_policy", fixed)
+    options = dict(burn_in=2_000, learning_rate=0.0, utd=0.01)
+    _, checkpoint, _ = trained(tmp_path, "MatchedBox-v0", 3_000, **options)
+    obs, action, reward, *_ = checkpoint["buffer"]["data"]
+    counts = torch.histc(action[:2_000], 4, -1, 1)
+    assert counts.min() > 430 and action.abs().max() <= 1
+    exact = -((5 * action[:, 0] - 2 * obs[:, 0]) ** 2)  # a Box from 0 to 10 around 5
+    torch.testing.assert_close(reward, exact, atol=1e-3, rtol=1e-4)
+    u = action[2_000:].atanh()
+    assert u.mean().item() == pytest.approx(0.3, abs=0.02)
+    assert u.std().item() == pytest.approx(math.exp(-2), rel=0.1)
+
+
+@pytest.mark.parametrize("utd", [0.3, 3.0])
+def test_updates_are_exactly_the_ratio(tmp_path, monkeypatch, utd):
+    updates, step = [], torch.optim.Adam.step
+    monkeypatch.setattr(torch.optim.Adam, "step", lambda *a: updates.append(1) or step(*a))
+    trained(tmp_path, "BothBox-v0", 311, utd=utd, burn_in=200)
+    assert len(updates) == 2 * int(utd * 111), "of the critics and the actor"
+
+
+def test_the_actors_step_leaves_the_critics_as_they_are(tmp_path, monkeypatch):
+    """Each optimiser changes its own network only, by its own gradient."""
+    gradients, step = [], torch.optim.Adam.step
+
+    def spy(self, *a):
+        weights = self.param_groups[0]["params"]
+        gradients.append((len(weights), [None if w.grad is None else w.grad.clone() for w in weights]))
+        return step(self, *a)
+
+    monkeypatch.setattr(torch.optim.Adam, "step", spy)
+    trained(tmp_path, "BothBox-v0", 202, alpha=None)
+    assert [n for n, _ in gradients] == [6, 6, 1, 6, 6, 1]
+    assert all(g is not None for _, group in gradients for g in group)
+
+
+def test_the_target_critics_follow_slowly(tmp_path, monkeypatch):
+    history, update = [], sac.soft_update
+
+    def spy(target, theta, tau):
+        before = [x.clone() for x in target]
+        update(target, theta, tau)
+        history.append((before, [x.clone() for x in theta], [x.clone() for x in target], tau))
+
+    monkeypatch.setattr(sac, "soft_update", spy)
+    trained(tmp_path, "BothBox-v0", 210)
+    assert len(history) == 10
+    for before, theta, after, tau in history:
+        for b, t, a in zip(before, theta, after, strict=True):
+            torch.testing.assert_close(a, (1 - tau) * b + tau * t)
+    last = trained(tmp_path / "2", "BothBox-v0", 210)[1]
+    assert len(last["target_critic"]) == 6
+
+
+def test_the_action_that_pays_is_found(tmp_path):
+    returns, _, _ = trained(tmp_path, "MatchedBox-v0", 1_500)
+    assert returns.mean() > -0.1
+
+
+def test_an_integer_box_is_learned(tmp_path):
+    returns, _, _ = trained(tmp_path, "Dimmer-v0", 1_500)
+    assert returns.mean() > 0.9
+
+
+def test_time_limit_does_not_end_the_value(tmp_path):
+    _, _, value = trained(tmp_path, "TruncatesBox-v0", 1_500, tau=0.2)
+    assert value([0, 0]) == pytest.approx([10], abs=0.4)
+
+
+def test_a_time_limit_bootstraps_from_the_final_observation(tmp_path):
+    """Not from the first one of the next episode, which stands for another state."""
+    _, _, value = trained(tmp_path, "StaysBox-v0", 2_500, tau=0.2)
+    assert value([1, 0], [-1, 0]) == pytest.approx([10, -10], abs=0.7)
+
+
+def test_termination_ends_the_value(tmp_path):
+    _, _, value = trained(tmp_path, "TerminatesBox-v0", 1_500)
+    exact = [(1 - 0.9 ** (5 - t)) / 0.1 for t in range(5)]
+    assert value(*([t - 2.5, 0] for t in range(5))) == pytest.approx(exact, abs=0.2)
+
+
+def test_automatic_temperature_reaches_the_target_entropy(tmp_path):
+    trained(tmp_path, "Bandit-v0", 2_500, alpha=None)
+    scalars = logged(tmp_path)
+    assert scalars["losses/entropy"][-1] == pytest.approx(-1, abs=0.3)
+    assert 0 < scalars["losses/alpha"][-1] < 1
+
+
+@pytest.mark.parametrize("alpha", [0.02, 0.1])
+def test_fixed_temperature_stays_and_decides_the_entropy(tmp_path, alpha):
     """A Gaussian of variance α / 2k, the best for Q = -k (a - c)² where tanh is nearly linear."""
-    for alpha, scale in ((0.02, 4.0), (0.3, 4.0)):
-        scalars, log_alpha = updated(alpha, 800, scale)
-        assert log_alpha.exp().item() == pytest.approx(alpha)
-        if alpha == 0.02:
-            exact = 0.5 * math.log(2 * math.pi * math.e * alpha / (2 * scale))
-            assert scalars["entropy"] == pytest.approx(exact, abs=0.3)
-            low = scalars["entropy"]
-    assert scalars["entropy"] > low + 0.5
+    _, checkpoint, _ = trained(tmp_path, "Bandit-v0", 1_500, alpha=alpha)
+    scalars = logged(tmp_path)
+    assert scalars["losses/alpha"] == pytest.approx([alpha] * len(scalars["losses/alpha"]))
+    exact = 0.5 * math.log(2 * math.pi * math.e * alpha / (2 * 4.0))
+    assert scalars["losses/entropy"][-1] == pytest.approx(exact, abs=0.3)
+    assert "temperature" not in checkpoint and "alpha_optimizer" not in checkpoint
+
+
+def test_a_fixed_temperature_of_0_is_no_entropy_at_all(tmp_path):
+    trained(tmp_path, "Bandit-v0", 600, alpha=0)
+    assert set(logged(tmp_path)["losses/alpha"]) == {0.0}
+
+
+@pytest.mark.parametrize("bound", [np.inf, 1e30])
+def test_actions_without_bounds_are_refused(tmp_path, bound):
+    box = gym.spaces.Box(-2, 2, (2,))
+    space = gym.spaces.Box(np.float32(-1), np.float32(bound), (2,))
+    gym.registry["Spaces-v0"].kwargs = {"observation_space": box, "action_space": space}
+    status, _, err = command("sac", "--env-id", "Spaces-v0", "--run-dir", tmp_path)
+    assert status == 2 and len(err.splitlines()) == 1 and "finite bounds" in err
