@@ -18,15 +18,19 @@ Derivations: "The Value-Based Approach", "Value Iteration and Q-Learning",
     6.  One Adam step on θ down the gradient of the loss of x = Q_θ(s, a) - y.
     7.  Every K of these steps θ_target = (1 - τ) θ_target + τ θ; repeat from 2.
 
-Notation: s, s' -> obs, next_obs -> (B, obs_dim);  a -> action -> (B,);  R -> reward -> (B,);
-Q_θ, Q_target -> q_net, target_net -> (B, A);  x, y -> x, td_target -> (B,).
+Notation: s, a, R, s' -> obs, action, n_step_reward, next_obs of one step; sampled, b_obs,
+b_next_obs -> (B, obs_dim), b_action, b_reward, b_discount -> (B,);  Q_θ, Q_target -> q_net,
+target_net -> (B, A);  x, y -> x, td_target -> (B,).
 
 A time limit (truncated) cuts the N steps but not the value: only terminated does.
 
 Beyond the document: a clip of the gradient's norm; a learning rate that falls linearly. Adam takes
 the gradient steps, with ε = 1e-5 (torch's is 1e-8). τ is the document's α; τ = 1 is its hard
-update. Unlike the paper we use no images; N = 20 and a buffer of 15,000, larger and smaller than
-usual, suit CartPole.
+update. The N rewards are not corrected for random actions among them. Unlike the paper we use no
+images. The defaults suit CartPole: N = 20 is more, and 15,000 transitions are fewer, than usual.
+
+Logged: start_value is max_a Q at the first observations of the latest episodes, start_return the
+discounted return that followed, random actions included.
 
 Paper: Mnih et al. 2015, Human-level control through deep reinforcement learning, Nature 518.
 """
@@ -77,18 +81,18 @@ LIMITS = {"gamma": (0, 1), "epsilon": (0, 1), "tau": (0, 1), "delta": (1e-9, 1e9
 @dataclasses.dataclass
 class Args:
     total_timesteps: int = 50_000  # environment steps
-    burn_in: int = 1_000  # steps of random actions before the first update
-    epsilon: float = 0.05  # ε, probability of a random action, to which it falls linearly from 1
+    burn_in: int = 1_000  # steps of random actions before the first update, 1 at least
+    epsilon: float = 0.05  # ε, probability of a random action after its linear fall from 1
     epsilon_steps: int = 10_000  # steps from the end of burn-in until ε has fallen
     gamma: float = 0.99  # γ, the discount
-    n_step: int = 20  # N, rewards in a target before the value of the state after them
+    n_step: int = 20  # N, rewards summed in a target before the value of the state after them
     buffer_size: int = 15_000  # transitions kept; the oldest are overwritten
     batch_size: int = 128  # B, transitions in an update
     utd: float = 0.3  # update-to-data ratio: updates per environment step
     learning_rate: float = 1e-3  # Adam's step size
     anneal_lr: bool = True  # let the learning rate fall linearly, to 0 at --total-timesteps
     target_every: int = 100  # K, updates of Q between those of the target network
-    tau: float = 1.0  # τ, share of θ in an update of the target network; 1 copies it
+    tau: float = 1.0  # τ, share of the learning network in those updates; 1 copies it
     loss: Literal["huber", "squared"] = "huber"  # loss of the TD error
     delta: float = 10.0  # δ, the TD error from which the Huber loss is linear
     max_grad_norm: float = 10.0  # clip the gradient's norm to this; 0: no clip
@@ -97,12 +101,12 @@ class Args:
     env_id: str = "CartPole-v1"  # gymnasium id; module:Name-v0 imports module first
     env_kwargs: str = "{}"  # arguments of the environment, as a JSON object
     seed: int = 1  # same seed, same machine: same weights, bit for bit
-    device: Literal["cpu", "cuda"] = "cpu"  # where the networks compute
-    run_dir: str = ""  # directory to write to; empty: runs/<env-id>__<script>__<seed>__<time>
-    eval_episodes: int = 20  # episodes in an evaluation, with greedy or mean actions
+    device: Literal["cpu", "cuda"] = "cpu"  # where the networks compute; --resume keeps it not
+    run_dir: str = ""  # where to write; default runs/<env-id>__<script>__<seed>__<time>
+    eval_episodes: int = 20  # greedy episodes of an evaluation, each cut after 100,000 steps
     eval_every: int = 0  # steps between evaluations; 0: only at the end
     capture_video: bool = False  # record the episodes of evaluations to <run-dir>/videos
-    checkpoint_every: int = 60  # seconds between checkpoints; 0: only at the end
+    checkpoint_every: int = 60  # seconds between checkpoints; 0: only when the run ends
     resume: str = ""  # checkpoint to go on from; options left out are the checkpoint's
 
     def __post_init__(self):
@@ -113,12 +117,12 @@ class Args:
             value = value.item() if isinstance(value, np.generic) else value
             value = float(value) if float in kinds and type(value) is int else value
             setattr(self, name, value)
-            size = int in kinds and name not in ("seed", "eval_every", "checkpoint_every")
-            low, high = LIMITS.get(name, (int(size), 1e18))
+            positive = int in kinds and name not in ("seed", "eval_every", "checkpoint_every")
+            low, high = LIMITS.get(name, (int(positive), 1e18))
             fits = value in kinds or type(value) in kinds
             if not fits or type(value) in (int, float) and not low <= value <= high:
                 raise Refusal(
-                    f"--{name.replace('_', '-')} {value} is out of range: {low} to {high}, {kinds}"
+                    f"--{name.replace('_', '-')} {value} is not one of {kinds} from {low} to {high}"
                 )
         if self.device == "cuda" and not torch.cuda.is_available():
             raise Refusal("--device cuda: no GPU is available")
@@ -132,8 +136,8 @@ class Args:
 def epsilon_at(step, burn_in, epsilon_steps, epsilon):
     """1 during burn-in, then a linear fall to ε   [Challenge 4: The Limited Exploration Problem]
 
-    step, burn_in, epsilon_steps: environment steps, the last those of the fall. Returns the
-    probability of a random action.
+    step: environment steps so far; epsilon_steps: those that the fall takes; epsilon ε: where it
+    ends. Returns the probability of a random action.
     """
     fallen = min(max(step - burn_in, 0) / epsilon_steps, 1)
     return 1 + fallen * (epsilon - 1)
@@ -235,9 +239,10 @@ def make_policy(env, args):
 
 
 def in_numpy(net):
-    """net with its present weights as a function of arrays, which for few rows beats torch.
+    """net as a function of arrays, which for few rows takes a fraction of torch's time.
 
     It goes layer by layer. A layer it does not know, or a net with its own forward, runs in torch.
+    On the CPU it follows the weights as they change; of a GPU's it holds a copy.
     """
     if type(net) is nn.Tanh:
         return np.tanh
@@ -249,8 +254,9 @@ def in_numpy(net):
     if type(net).forward is nn.Sequential.forward:
         layers = [in_numpy(layer) for layer in net]
         return lambda x: functools.reduce(lambda y, layer: layer(y), layers, x)
-    example = next(net.parameters(), torch.empty(0))
+    example = next(iter(net.state_dict().values()), torch.empty(0))
     return lambda x: net(torch.as_tensor(x).to(example)).detach().cpu().numpy()
+
 
 # Buffer -------------------------------------------------------------------------------------------
 
@@ -312,7 +318,7 @@ def train(args: Args) -> np.ndarray:
 
         updates = updates_due(run.step, args.burn_in, args.utd)
         window, rewards = deque(), []
-        losses, first = [], deque(maxlen=100)
+        losses, first = [], deque(maxlen=100)  # first: (start_value, start_return) of episodes
         obs, _ = env.reset(seed=random.getrandbits(29))
         q_values = in_numpy(q_net)
         start_value = q_values(obs).max()
@@ -354,17 +360,17 @@ def train(args: Args) -> np.ndarray:
                 # 6. Adam step.
                 q = q_net(b_obs.float()).gather(-1, b_action.unsqueeze(-1)).squeeze(-1)
                 x = q - td_target
-                loss = huber_loss(x, args.delta) if args.loss == "huber" else squared_loss(x)
+                td_loss = huber_loss(x, args.delta) if args.loss == "huber" else squared_loss(x)
                 q_net.zero_grad()
-                loss.backward()
+                td_loss.backward()
                 nn.utils.clip_grad_norm_(theta, args.max_grad_norm or math.inf)
                 optimizer.step()
                 # 7. Target network.
                 updates += 1
                 if updates % args.target_every == 0:
                     soft_update(theta_target, theta, args.tau)
-                q_values = in_numpy(q_net)
-                losses.append((loss.item(), q.mean().item()))
+                q_values = in_numpy(q_net)  # of a GPU's weights it was a copy
+                losses.append((td_loss.item(), q.mean().item()))
 
             if run.step % LOG_EVERY == 0 or run.step == args.total_timesteps:
                 scalars = {"epsilon": epsilon}
@@ -392,33 +398,33 @@ def check_finite(what, x):
 
 def make_env(args, video=""):
     """The environment with flat observations; with --capture-video it records to folder video."""
-    usage = gym.error.Error, ModuleNotFoundError, TypeError, ValueError
-    drawn = {"render_mode": "rgb_array"} if args.capture_video else {}
+    mistakes = gym.error.Error, ModuleNotFoundError, TypeError, ValueError
+    render = {"render_mode": "rgb_array"} if args.capture_video else {}
     try:
-        env = gym.make(args.env_id, **json.loads(args.env_kwargs), **drawn)
+        env = gym.make(args.env_id, **json.loads(args.env_kwargs), **render)
         if args.capture_video:  # find out now whether it can draw itself
             env.reset()
             env.render()
-    except Exception if args.capture_video else usage as error:
-        raise Refusal(f"cannot make {args.env_id} {args.env_kwargs} {drawn}: {error}") from error
-    seen, taken = env.observation_space, env.action_space
-    image = seen.dtype == np.uint8 and len(seen.shape) > 1
-    if image or not seen.is_np_flattenable or not isinstance(taken, ACTION_SPACES):
-        raise Refusal(f"{SCRIPT}.py cannot learn {args.env_id}, from {seen} to {taken}")
-    taken.seed(args.seed)
+    except Exception if args.capture_video else mistakes as error:
+        raise Refusal(f"cannot make {args.env_id} {args.env_kwargs} {render}: {error}") from error
+    obs_space, action_space = env.observation_space, env.action_space
+    image = obs_space.dtype == np.uint8 and len(obs_space.shape) > 1
+    if image or not obs_space.is_np_flattenable or not isinstance(action_space, ACTION_SPACES):
+        raise Refusal(f"{SCRIPT}.py cannot learn {args.env_id}, {obs_space} to {action_space}")
     env = gym.wrappers.FlattenObservation(env)
-    return gym.wrappers.RecordVideo(env, video, lambda _: True) if drawn and video else env
+    return gym.wrappers.RecordVideo(env, video, lambda _: True) if render and video else env
 
 
 def load(path, learner):
     """The options and steps of the checkpoint at path, whose other parts go into learner."""
+    here = {"run_dir": "", "resume": "", "device": "cpu"}  # of this run and machine, not of that
     try:
         checkpoint = torch.load(path, "cpu", weights_only=True, mmap=True)
         if checkpoint["script"] != SCRIPT:
             raise Refusal(f"it is of {checkpoint['script']}.py")
         for name, part in learner.items():
             part.load_state_dict(checkpoint[name])
-        return Args(**checkpoint["args"] | {"run_dir": "", "resume": ""}), checkpoint["env_steps"]
+        return Args(**checkpoint["args"] | here), checkpoint["env_steps"]
     except Exception as error:
         why = error if isinstance(error, (OSError, Refusal)) else "damaged, or of other options"
         raise Refusal(f"cannot resume from {path}: {why}") from error
@@ -436,10 +442,10 @@ class Run(AbstractContextManager):
         self.next_save = 0 if args.checkpoint_every else math.inf  # in seconds since the epoch
         self.episodes = deque(maxlen=100)  # (return, length) of the latest
         self.seed()
-        home = args.resume and os.path.dirname(os.path.abspath(args.resume))
         new = f"runs/{args.env_id}__{SCRIPT}__{args.seed}__{time.time():.6f}"
-        self.dir = args.run_dir or home or new
-        if os.path.exists(f"{self.dir}/checkpoint.pt") and os.path.abspath(self.dir) != home:
+        self.dir = args.run_dir or os.path.dirname(args.resume) or new
+        path = os.path.abspath(f"{self.dir}/checkpoint.pt")
+        if os.path.exists(path) and path != os.path.abspath(args.resume):
             raise Refusal(f"--run-dir {self.dir} holds a checkpoint: resume it, or take another")
         try:
             self.dir += f"__rank{rank}" if rank > 0 else ""
@@ -448,21 +454,21 @@ class Run(AbstractContextManager):
         except OSError as error:
             raise Refusal(f"--run-dir {self.dir}: {error.strerror}") from error
         self.writer.add_text("options", "\n".join(f"    {k}: {v}" for k, v in vars(args).items()))
-        gap = 0.1 if sys.stderr.isatty() else 30  # seconds between two states of the bar
-        self.bar = tqdm(None, self.dir, args.total_timesteps, initial=self.step, mininterval=gap)
+        self.bar = tqdm(None, self.dir, args.total_timesteps, initial=self.step, disable=False)
+        self.bar.mininterval = 0.1 if sys.stderr.isatty() else 30  # seconds
 
     def __exit__(self, kind, error, traceback):
         self.bar.close()
+        self.writer.close()
         if error and not isinstance(error, Refusal):
             self.save()
             print(f"saved: --resume {self.dir}/checkpoint.pt goes on", file=sys.stderr)
-        self.writer.close()
 
     def seed(self):
         """Key all generators by (seed, step, rank), so that they are the same after a resume."""
         self.rng = np.random.default_rng([self.args.seed, self.step, self.rank + 1])
-        for seed in random.seed, np.random.seed, torch.manual_seed:
-            seed(int(self.rng.integers(2**32)))
+        for set_seed in random.seed, np.random.seed, torch.manual_seed:
+            set_seed(int(self.rng.integers(2**32)))
 
     def log(self, **losses):
         """Write to the log; evaluate and save where it is time to; key the generators anew."""
@@ -498,12 +504,15 @@ class Run(AbstractContextManager):
         self.next_save = time.time() + max(self.args.checkpoint_every, 10 * (time.time() - began))
 
     def evaluate(self):
-        """Returns, not discounted, of whole episodes on seeds that training never sees."""
+        """Returns, not discounted, of episodes on seeds that training never sees, and their line.
+
+        An episode that has not ended after 100,000 steps is cut there.
+        """
         args, returns = self.args, np.zeros(self.args.eval_episodes)
         with make_env(args, f"{self.dir}/videos/{self.step}") as env:
             for episode in range(args.eval_episodes):
                 obs, _ = env.reset(seed=2**30 + (1000 * args.seed + episode) % 2**30)
-                for _ in range(100_000):  # there may be no time limit
+                for _ in range(100_000):
                     obs, reward, *ends, _ = env.step(self.learner["policy"].act(obs[None])[0])
                     returns[episode] += reward
                     if any(ends):
@@ -516,9 +525,10 @@ class Run(AbstractContextManager):
 
 
 if __name__ == "__main__":
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        if signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP
-            signal.signal(number, lambda number, frame: sys.exit(128 + number))
+    for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(n) != signal.SIG_IGN:  # nohup ignores SIGHUP
+            # The run saves on its way out; a second signal of the kind ends it at once.
+            signal.signal(n, lambda n, _: (signal.signal(n, signal.SIG_DFL), sys.exit(128 + n)))
     try:
         args = tyro.cli(Args, description=__doc__.splitlines()[0])
         if args.resume:  # what the command line leaves out is as in the checkpoint

@@ -2,7 +2,9 @@
 
 Derivations: "Proximal Policy Optimization (PPO)", "Importance Sampling",
 "Do We Actually Need the KL Term?", "The PPO Clip Objective", "Problems with the Clip Objective",
-"The Asymmetric Clip: DAPO".
+"The Asymmetric Clip: DAPO"; of earlier sections "Gaussian Policy", "Softmax Policy",
+"Review: Actor-Critic and the Advantage Function",
+"How do we learn the state-dependent baseline $V^\pi(s)$?".
 
     1.  Initialise the policy π_θ and the critic V_φ.
     2.  Let μ = π_θ act for T steps in each of N environments.
@@ -11,21 +13,25 @@ Derivations: "Proximal Policy Optimization (PPO)", "Importance Sampling",
     5.      r(θ) = π_θ(a|s) / μ(a|s)
     6.      L = E[min(r A^μ, clip(r, 1 - ε_low, 1 + ε_high) A^μ)]   or   E[r A^μ] - α KL(μ ‖ π_θ)
     7.      One Adam step on θ, φ up the gradient of  L + c_H H(π_θ) - c_V E[(V_φ - G)²]
-    8.      After each pass over the batch: leave if KL(μ ‖ π_θ) exceeds its target.
+    8.      After each pass over the batch: stop the passes if KL(μ ‖ π_θ) exceeds its target.
     9.  Add the observations to the statistics that normalise them; repeat from 2.
 
 Notation: s -> obs -> (T+1, N, obs_dim);  a -> actions -> (T, N) or (T, N, action_dim);
-r_t, A^μ -> rewards, advantages -> (T, N);  V_φ -> values -> (T+1, N);  r(θ), log π_θ -> ratio,
-logp -> (B/M,).  b_... holds the B real steps of the batch: A^μ, G, log μ -> b_advantages,
-b_returns, b_logp_old -> (B,).
+r_t, A^μ -> rewards, advantages -> (T, N);  V_φ -> values -> (T+1, N).  b_... holds the B real steps
+of the batch, flat: A^μ, G, log μ -> b_advantages, b_returns, b_logp_old -> (B,);  mb_... those of a
+minibatch, (B/M,), for which r(θ), log π_θ -> ratio, logp.
 
 A time limit (truncated) cuts the trace of an advantage but not the value: only terminated does.
 
 Beyond the document: GAE(λ) (Schulman et al. 2016, arXiv 1506.02438), of which the document's
-one-step advantage is λ = 0; advantages standardised over the batch; an entropy bonus; a clip of the
-gradient's norm; a learning rate that falls linearly; observations and rewards divided by running
-deviations and clipped to [-10, 10], where asked for. Adam takes the gradient steps, with ε = 1e-5
-(torch's is 1e-8), as is usual for PPO. The value loss is not clipped. The defaults suit CartPole.
+one-step advantage is λ = 0; advantages standardised over the batch; an entropy bonus; one clip of
+the gradient's norm and one optimiser for both networks; a learning rate that falls linearly;
+orthogonal initial weights. σ is learned, one for each action dimension; the environment gets
+actions clipped to its bounds, the policy's density does not know them. With --norm-obs
+observations are centred and divided by their running deviation; with --norm-rewards rewards are
+divided by that of the discounted return, or by 0.01 if it is less; both are clipped to [-10, 10].
+Adam takes the gradient steps, with ε = 1e-5 (torch's is 1e-8), as is usual for PPO. The value loss
+is not clipped. The defaults are not the paper's; they suit CartPole.
 Under torchrun the environments are shared out; every process weighs by its real steps, and each
 standardises the advantages of its own.
 
@@ -86,7 +92,7 @@ class Args:
     alpha: float = 1.0  # α, weight of the KL penalty of --objective kl; 0: no constraint at all
     target_kl: float = 0.0  # end the passes when KL(μ ‖ π_θ) exceeds this; 0: never
     gamma: float = 0.99  # γ, the discount
-    gae_lambda: float = 0.95  # λ: 0 is the one-step advantage, 1 the Monte Carlo one
+    gae_lambda: float = 0.95  # λ of the advantages: 0 is the one-step one, 1 the Monte Carlo one
     learning_rate: float = 2e-3  # Adam's step size
     anneal_lr: bool = True  # let the learning rate fall linearly, to 0 at --total-timesteps
     entropy_coef: float = 0.0  # c_H, weight of the entropy bonus
@@ -94,18 +100,18 @@ class Args:
     max_grad_norm: float = 0.5  # clip the gradient's norm to this; 0: no clip
     norm_obs: bool = False  # normalise observations by their running mean and deviation
     norm_rewards: bool = False  # divide rewards by the running deviation of the discounted return
-    init_std: float = 1.0  # σ of the Gaussian policy at the start; 1: half the action's range
+    init_std: float = 1.0  # σ of the Gaussian policy at first; 1 is half a bounded action's range
     hidden: int = 64  # units in each of the two hidden layers
 
     env_id: str = "CartPole-v1"  # gymnasium id; module:Name-v0 imports module first
     env_kwargs: str = "{}"  # arguments of the environment, as a JSON object
     seed: int = 1  # same seed, same machine: same weights, bit for bit
-    device: Literal["cpu", "cuda"] = "cpu"  # where the networks compute
-    run_dir: str = ""  # directory to write to; empty: runs/<env-id>__<script>__<seed>__<time>
-    eval_episodes: int = 20  # episodes in an evaluation, with greedy or mean actions
+    device: Literal["cpu", "cuda"] = "cpu"  # where the networks compute; --resume keeps it not
+    run_dir: str = ""  # where to write; default runs/<env-id>__<script>__<seed>__<time>
+    eval_episodes: int = 20  # greedy episodes of an evaluation, each cut after 100,000 steps
     eval_every: int = 0  # steps between evaluations; 0: only at the end
     capture_video: bool = False  # record the episodes of evaluations to <run-dir>/videos
-    checkpoint_every: int = 60  # seconds between checkpoints; 0: only at the end
+    checkpoint_every: int = 60  # seconds between checkpoints; 0: only when the run ends
     resume: str = ""  # checkpoint to go on from; options left out are the checkpoint's
 
     def __post_init__(self):
@@ -116,12 +122,12 @@ class Args:
             value = value.item() if isinstance(value, np.generic) else value
             value = float(value) if float in kinds and type(value) is int else value
             setattr(self, name, value)
-            size = int in kinds and name not in ("seed", "eval_every", "checkpoint_every")
-            low, high = LIMITS.get(name, (int(size), 1e18))
+            positive = int in kinds and name not in ("seed", "eval_every", "checkpoint_every")
+            low, high = LIMITS.get(name, (int(positive), 1e18))
             fits = value in kinds or type(value) in kinds
             if not fits or type(value) in (int, float) and not low <= value <= high:
                 raise Refusal(
-                    f"--{name.replace('_', '-')} {value} is out of range: {low} to {high}, {kinds}"
+                    f"--{name.replace('_', '-')} {value} is not one of {kinds} from {low} to {high}"
                 )
         if self.device == "cuda" and not torch.cuda.is_available():
             raise Refusal("--device cuda: no GPU is available")
@@ -183,7 +189,8 @@ def gae(rewards, values, terminated, truncated, gamma, gae_lambda):
 def clipped_surrogate(ratio, advantages, clip_low, clip_high):
     """E[min(r A^μ, clip(r, 1 - ε_low, 1 + ε_high) A^μ)]   [The PPO Clip Objective, eq. 2]
 
-    The range is that of [The Asymmetric Clip: DAPO, eq. 1].
+    The range is that of [The Asymmetric Clip: DAPO, eq. 1]. Where r > 1 + ε and A^μ < 0, case 3 of
+    [Problems with the Clip Objective], the minimum is r A^μ, not (1 + ε) A^μ: hence its gradient.
     ratio r(θ), advantages A^μ: (B,). Returns (), to be maximised.
     """
     clipped = ratio.clamp(1 - clip_low, 1 + clip_high)
@@ -220,13 +227,13 @@ def value_loss(values, returns):
 
 
 class RunningNorm(nn.Module):
-    """(x - mean) / deviation, of all that include was given, clipped to [-10, 10]."""
+    """(x - mean) / deviation, those of all rows that include was given; clipped to [-10, 10]."""
 
     def __init__(self, *shape):
         super().__init__()
-        self.count = nn.Buffer(torch.zeros((), dtype=torch.float64))
         self.mean = nn.Buffer(torch.zeros(shape))
         self.var = nn.Buffer(torch.ones(shape))
+        self.count = nn.Buffer(torch.zeros((), dtype=torch.float64))
 
     @torch.no_grad()
     def include(self, x):
@@ -234,10 +241,11 @@ class RunningNorm(nn.Module):
         x = x.double() - self.mean
         n, first, second = x.new_tensor(len(x)), x.sum(0), x.pow(2).sum(0)
         all_sum(n, first, second)
-        total, shift = self.count + n, first / (self.count + n)
+        total = self.count + n
+        shift = first / total
         self.var.copy_(((self.count * self.var + second) / total - shift**2).clamp(min=0))
         self.mean += shift
-        self.count += n
+        self.count.copy_(total)
 
     def forward(self, x):
         """(..., *shape) to the same."""
@@ -256,9 +264,10 @@ def mlp(env, args, outputs, gain):
 
 
 def in_numpy(net):
-    """net with its present weights as a function of arrays, which for few rows beats torch.
+    """net as a function of arrays, which for few rows takes a fraction of torch's time.
 
     It goes layer by layer. A layer it does not know, or a net with its own forward, runs in torch.
+    On the CPU it follows the weights as they change; of a GPU's it holds a copy.
     """
     if type(net) is nn.Tanh:
         return np.tanh
@@ -270,7 +279,7 @@ def in_numpy(net):
     if type(net).forward is nn.Sequential.forward:
         layers = [in_numpy(layer) for layer in net]
         return lambda x: functools.reduce(lambda y, layer: layer(y), layers, x)
-    example = next(net.parameters(), torch.empty(0))
+    example = next(iter(net.state_dict().values()), torch.empty(0))
     return lambda x: net(torch.as_tensor(x).to(example)).detach().cpu().numpy()
 
 
@@ -362,7 +371,7 @@ def train(args: Args) -> np.ndarray:
     """Run the algorithm above; return the episode returns of the final evaluation."""
     with ExitStack() as stack:
         rank, world, device = start_processes(stack, args.device)
-        T, N, gamma = args.num_steps, args.num_envs // world, args.gamma
+        T, N = args.num_steps, args.num_envs // world
         clip_low, clip_high = args.clip_low, args.clip_high
         if N * world != args.num_envs:
             raise Refusal(f"--num-envs {args.num_envs} cannot be shared out to {world} processes")
@@ -420,17 +429,18 @@ def train(args: Args) -> np.ndarray:
             s, a, r, *ends, real_steps = map(torch.from_numpy, rollout)
             if args.norm_rewards:
                 for t in range(T):  # at first so_far[-1] is where the last rollout ended
-                    so_far[t] = rewards[t] + gamma * real[t] * so_far[t - 1]
+                    so_far[t] = rewards[t] + args.gamma * real[t] * so_far[t - 1]
                 reward_norm.include(torch.from_numpy(so_far)[real_steps])
                 r = (r / reward_norm.var.sqrt().clamp(min=0.01)).clamp(-10, 10)
             with torch.no_grad():
                 values = critic(s.to(device)).squeeze(-1).cpu()  # (T+1, N)
-                advantages = gae(r, values, *ends, gamma, args.gae_lambda)
-                batch = s[:T], a, advantages, advantages + values[:T]
-                b_obs, b_actions, advantages, returns = (x[real_steps].to(device) for x in batch)
+                advantages = gae(r, values, *ends, args.gamma, args.gae_lambda)
+                rows = s[:T], a, advantages, advantages + values[:T]
+                b_obs, b_actions, b_advantages, b_returns = (x[real_steps].to(device) for x in rows)
                 b_logp_old = policy.log_prob(policy(b_obs), b_actions)
-            std, mean = torch.std_mean(advantages, correction=0)
-            batch = b_obs, b_actions, b_logp_old, (advantages - mean) / (std + 1e-8), returns
+            std, mean = torch.std_mean(b_advantages, correction=0)
+            b_advantages = (b_advantages - mean) / (std + 1e-8)
+            batch = b_obs, b_actions, b_logp_old, b_advantages, b_returns
             steps = all_sum(torch.tensor(len(b_obs))).item()
             share = len(b_obs) / steps  # the weight of this process
             losses = []
@@ -439,32 +449,32 @@ def train(args: Args) -> np.ndarray:
                 # 4. One pass over the batch.
                 order = torch.randperm(len(b_obs), device=device)
                 minibatches = zip(*(x[order].tensor_split(args.minibatches) for x in batch))
-                for mb_obs, action, logp_old, advantage, return_ in minibatches:
+                for mb_obs, mb_actions, mb_logp_old, mb_advantages, mb_returns in minibatches:
                     # 5. Importance ratio.
                     output = policy(mb_obs)
-                    logp = policy.log_prob(output, action)
-                    ratio = (logp - logp_old).exp()
+                    logp = policy.log_prob(output, mb_actions)
+                    ratio = (logp - mb_logp_old).exp()
                     # 6. Objective.
                     if args.objective == "clip":
-                        objective = clipped_surrogate(ratio, advantage, clip_low, clip_high)
+                        surrogate = clipped_surrogate(ratio, mb_advantages, clip_low, clip_high)
                     else:
-                        kl = kl_divergence(logp_old, logp)
-                        objective = penalized_surrogate(ratio, advantage, kl, args.alpha)
+                        kl = kl_divergence(mb_logp_old, logp)
+                        surrogate = penalized_surrogate(ratio, mb_advantages, kl, args.alpha)
                     # 7. Adam step.
-                    v_loss = value_loss(critic(mb_obs).squeeze(-1), return_)
-                    loss = args.value_coef * v_loss - objective
-                    if args.entropy_coef > 0:
+                    v_loss = value_loss(critic(mb_obs).squeeze(-1), mb_returns)
+                    loss = args.value_coef * v_loss - surrogate
+                    if args.entropy_coef:
                         loss = loss - args.entropy_coef * policy.entropy(output).mean()
-                    for x in parameters:  # as zero_grad does, in less time
-                        x.grad = None
+                    policy.zero_grad()
+                    critic.zero_grad()
                     loss.backward()
                     if world > 1:
                         all_sum(*(x.grad for x in parameters), weight=share)
                     nn.utils.clip_grad_norm_(parameters, args.max_grad_norm or math.inf)
                     optimizer.step()
-                    losses.append((objective.detach(), v_loss.detach()))
+                    losses.append((surrogate.detach(), v_loss.detach()))
                 # 8. KL over the whole batch, of the policy that this pass has left.
-                if epoch == args.epochs - 1 or args.target_kl > 0:
+                if epoch == args.epochs - 1 or args.target_kl:
                     with torch.no_grad():
                         output = policy(b_obs)
                         logp = policy.log_prob(output, b_actions)
@@ -478,8 +488,8 @@ def train(args: Args) -> np.ndarray:
 
             # The losses are means over all updates; last_... is of the policy after the last one,
             # over the whole batch.
-            objective, v_loss = torch.tensor(losses).mean(0)
-            scalars = {"policy_loss": -objective, "value_loss": v_loss, "last_kl": kl}
+            surrogate, v_loss = torch.tensor(losses).mean(0)
+            scalars = {"policy_loss": -surrogate, "value_loss": v_loss, "last_kl": kl}
             scalars["last_entropy"] = policy.entropy(output).mean()
             if args.objective == "clip":
                 ratio = (logp - b_logp_old).exp()
@@ -501,8 +511,8 @@ def start_processes(stack, device):
     """Rank and number of torchrun's processes, 0 and 1 without it, and the device of this one."""
     if not dist.is_torchelastic_launched():
         return 0, 1, device
-    dist.init_process_group()
-    stack.callback(dist.destroy_process_group)
+    if not dist.is_initialized():
+        dist.init_process_group()
     stack.enter_context(redirect_stdout(sys.stdout if dist.get_rank() == 0 else None))
     own = f"cuda:{dist.get_node_local_rank(0)}" if device == "cuda" else device
     return dist.get_rank(), dist.get_world_size(), own
@@ -535,33 +545,33 @@ def check_finite(what, x):
 
 def make_env(args, video=""):
     """The environment with flat observations; with --capture-video it records to folder video."""
-    usage = gym.error.Error, ModuleNotFoundError, TypeError, ValueError
-    drawn = {"render_mode": "rgb_array"} if args.capture_video else {}
+    mistakes = gym.error.Error, ModuleNotFoundError, TypeError, ValueError
+    render = {"render_mode": "rgb_array"} if args.capture_video else {}
     try:
-        env = gym.make(args.env_id, **json.loads(args.env_kwargs), **drawn)
+        env = gym.make(args.env_id, **json.loads(args.env_kwargs), **render)
         if args.capture_video:  # find out now whether it can draw itself
             env.reset()
             env.render()
-    except Exception if args.capture_video else usage as error:
-        raise Refusal(f"cannot make {args.env_id} {args.env_kwargs} {drawn}: {error}") from error
-    seen, taken = env.observation_space, env.action_space
-    image = seen.dtype == np.uint8 and len(seen.shape) > 1
-    if image or not seen.is_np_flattenable or not isinstance(taken, ACTION_SPACES):
-        raise Refusal(f"{SCRIPT}.py cannot learn {args.env_id}, from {seen} to {taken}")
-    taken.seed(args.seed)
+    except Exception if args.capture_video else mistakes as error:
+        raise Refusal(f"cannot make {args.env_id} {args.env_kwargs} {render}: {error}") from error
+    obs_space, action_space = env.observation_space, env.action_space
+    image = obs_space.dtype == np.uint8 and len(obs_space.shape) > 1
+    if image or not obs_space.is_np_flattenable or not isinstance(action_space, ACTION_SPACES):
+        raise Refusal(f"{SCRIPT}.py cannot learn {args.env_id}, {obs_space} to {action_space}")
     env = gym.wrappers.FlattenObservation(env)
-    return gym.wrappers.RecordVideo(env, video, lambda _: True) if drawn and video else env
+    return gym.wrappers.RecordVideo(env, video, lambda _: True) if render and video else env
 
 
 def load(path, learner):
     """The options and steps of the checkpoint at path, whose other parts go into learner."""
+    here = {"run_dir": "", "resume": "", "device": "cpu"}  # of this run and machine, not of that
     try:
         checkpoint = torch.load(path, "cpu", weights_only=True, mmap=True)
         if checkpoint["script"] != SCRIPT:
             raise Refusal(f"it is of {checkpoint['script']}.py")
         for name, part in learner.items():
             part.load_state_dict(checkpoint[name])
-        return Args(**checkpoint["args"] | {"run_dir": "", "resume": ""}), checkpoint["env_steps"]
+        return Args(**checkpoint["args"] | here), checkpoint["env_steps"]
     except Exception as error:
         why = error if isinstance(error, (OSError, Refusal)) else "damaged, or of other options"
         raise Refusal(f"cannot resume from {path}: {why}") from error
@@ -579,10 +589,10 @@ class Run(AbstractContextManager):
         self.next_save = 0 if args.checkpoint_every else math.inf  # in seconds since the epoch
         self.episodes = deque(maxlen=100)  # (return, length) of the latest
         self.seed()
-        home = args.resume and os.path.dirname(os.path.abspath(args.resume))
         new = f"runs/{args.env_id}__{SCRIPT}__{args.seed}__{time.time():.6f}"
-        self.dir = args.run_dir or home or new
-        if os.path.exists(f"{self.dir}/checkpoint.pt") and os.path.abspath(self.dir) != home:
+        self.dir = args.run_dir or os.path.dirname(args.resume) or new
+        path = os.path.abspath(f"{self.dir}/checkpoint.pt")
+        if os.path.exists(path) and path != os.path.abspath(args.resume):
             raise Refusal(f"--run-dir {self.dir} holds a checkpoint: resume it, or take another")
         try:
             self.dir += f"__rank{rank}" if rank > 0 else ""
@@ -591,21 +601,21 @@ class Run(AbstractContextManager):
         except OSError as error:
             raise Refusal(f"--run-dir {self.dir}: {error.strerror}") from error
         self.writer.add_text("options", "\n".join(f"    {k}: {v}" for k, v in vars(args).items()))
-        gap = 0.1 if sys.stderr.isatty() else 30  # seconds between two states of the bar
-        self.bar = tqdm(None, self.dir, args.total_timesteps, initial=self.step, mininterval=gap)
+        self.bar = tqdm(None, self.dir, args.total_timesteps, initial=self.step, disable=False)
+        self.bar.mininterval = 0.1 if sys.stderr.isatty() else 30  # seconds
 
     def __exit__(self, kind, error, traceback):
         self.bar.close()
+        self.writer.close()
         if error and not isinstance(error, Refusal):
             self.save()
             print(f"saved: --resume {self.dir}/checkpoint.pt goes on", file=sys.stderr)
-        self.writer.close()
 
     def seed(self):
         """Key all generators by (seed, step, rank), so that they are the same after a resume."""
         self.rng = np.random.default_rng([self.args.seed, self.step, self.rank + 1])
-        for seed in random.seed, np.random.seed, torch.manual_seed:
-            seed(int(self.rng.integers(2**32)))
+        for set_seed in random.seed, np.random.seed, torch.manual_seed:
+            set_seed(int(self.rng.integers(2**32)))
 
     def log(self, **losses):
         """Write to the log; evaluate and save where it is time to; key the generators anew."""
@@ -641,12 +651,15 @@ class Run(AbstractContextManager):
         self.next_save = time.time() + max(self.args.checkpoint_every, 10 * (time.time() - began))
 
     def evaluate(self):
-        """Returns, not discounted, of whole episodes on seeds that training never sees."""
+        """Returns, not discounted, of episodes on seeds that training never sees, and their line.
+
+        An episode that has not ended after 100,000 steps is cut there.
+        """
         args, returns = self.args, np.zeros(self.args.eval_episodes)
         with make_env(args, f"{self.dir}/videos/{self.step}") as env:
             for episode in range(args.eval_episodes):
                 obs, _ = env.reset(seed=2**30 + (1000 * args.seed + episode) % 2**30)
-                for _ in range(100_000):  # there may be no time limit
+                for _ in range(100_000):
                     obs, reward, *ends, _ = env.step(self.learner["policy"].act(obs[None])[0])
                     returns[episode] += reward
                     if any(ends):
@@ -659,9 +672,10 @@ class Run(AbstractContextManager):
 
 
 if __name__ == "__main__":
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        if signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP
-            signal.signal(number, lambda number, frame: sys.exit(128 + number))
+    for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(n) != signal.SIG_IGN:  # nohup ignores SIGHUP
+            # The run saves on its way out; a second signal of the kind ends it at once.
+            signal.signal(n, lambda n, _: (signal.signal(n, signal.SIG_DFL), sys.exit(128 + n)))
     try:
         args = tyro.cli(Args, description=__doc__.splitlines()[0])
         if args.resume:  # what the command line leaves out is as in the checkpoint

@@ -2,12 +2,16 @@
 
 Derivations: "Soft Actor-Critic (SAC)", "What is Maximum Entropy RL?",
 "Simplifying the MaxEnt Objective", "The SAC Q-Function", "SAC's Policy Update",
-"Practical Design Choices in SAC", "Summary: DDPG vs TD3 vs SAC".
+"Practical Design Choices in SAC", "Summary: DDPG vs TD3 vs SAC"; of earlier sections
+"Key Hyperparameters and Design Choices",
+"Option 2: Off-Policy Actor-Critic with a Learned Q-Function",
+"The Deterministic Policy Gradient: How Backprop Works Through the Critic",
+"DDPG and TD3: The Full Algorithm".
 
     1.  Initialise the actor π_θ, critics Q_1, Q_2 of weights φ, targets equal to them, the
         temperature α = 1 and an empty buffer D.
     2.  Act: uniformly at random during burn-in, else a ~ π_θ(·|s).
-    3.  Store (s, a, r, s', discount) in D: discount = γ (1 - terminated), the factor of V(s').
+    3.  Store (s, a, r, s', discount) in D: discount = γ (1 - terminated).
     4.  Sample a batch of D, as often as the update-to-data ratio says.
     5.  a' ~ π_θ(·|s'),   y = r + discount (min_i Q_i,target(s', a') - α log π_θ(a'|s'))
     6.  One Adam step on φ down the gradient of Σ_i E[(Q_i(s, a) - y)²].
@@ -23,10 +27,13 @@ in (-1, 1);  r -> reward -> (B,);  Q_i -> q -> (2, B), a row for each critic;  l
 The environment's bounds are scaled to afterwards, so that the entropy and its target -action_dim do
 not depend on units. A time limit (truncated) does not end the value: only terminated does.
 
-Beyond the document, as in the paper: log σ_θ is clipped to [-20, 2]. The document only describes
-the update of α; ours is on log α, without the paper's factor α, which would slow small ones. Adam
-has torch's own ε. Unlike the paper, the learning rate is 1e-3 and burn-in 1,000 steps, for short
-tasks. The start value that is logged contains the entropy to come, the return beside it does not.
+Beyond the document: tanh, as in the paper; log σ_θ clipped to [-20, 2], as in its authors' code.
+The document only describes the update of α; ours is on log α, without the paper's factor α, which
+would slow the change of a small α. Adam takes the gradient steps, with torch's own ε. Unlike the
+paper's, the learning rate is 1e-3 and burn-in 1,000 steps long, for short tasks.
+
+Logged: start_value is min_i Q_i at the first observations of the latest episodes, for the mean
+action, with the entropy to come; start_return the discounted return that followed, without it.
 
 Paper: Haarnoja et al. 2018, Soft Actor-Critic Algorithms and Applications, arXiv 1812.05905.
 """
@@ -76,25 +83,25 @@ LIMITS = {"gamma": (0, 1), "tau": (0, 1)}
 @dataclasses.dataclass
 class Args:
     total_timesteps: int = 10_000  # environment steps
-    burn_in: int = 1_000  # steps of random actions before the first update
+    burn_in: int = 1_000  # steps of random actions before the first update, 1 at least
     alpha: float | None = None  # α, a fixed temperature; None: tuned to an entropy of -action_dim
     gamma: float = 0.99  # γ, the discount
     buffer_size: int = 1_000_000  # transitions kept; the oldest are overwritten
     batch_size: int = 256  # B, transitions in an update
     utd: float = 1.0  # update-to-data ratio: updates per environment step
     learning_rate: float = 1e-3  # Adam's step size, of all networks and of log α
-    tau: float = 0.005  # τ, share of φ in an update of the target critics
+    tau: float = 0.005  # τ, share of the learning critics in an update of the target critics
     hidden: int = 256  # units in each of the two hidden layers
 
     env_id: str = "Pendulum-v1"  # gymnasium id; module:Name-v0 imports module first
     env_kwargs: str = "{}"  # arguments of the environment, as a JSON object
     seed: int = 1  # same seed, same machine: same weights, bit for bit
-    device: Literal["cpu", "cuda"] = "cpu"  # where the networks compute
-    run_dir: str = ""  # directory to write to; empty: runs/<env-id>__<script>__<seed>__<time>
-    eval_episodes: int = 20  # episodes in an evaluation, with greedy or mean actions
+    device: Literal["cpu", "cuda"] = "cpu"  # where the networks compute; --resume keeps it not
+    run_dir: str = ""  # where to write; default runs/<env-id>__<script>__<seed>__<time>
+    eval_episodes: int = 20  # greedy episodes of an evaluation, each cut after 100,000 steps
     eval_every: int = 0  # steps between evaluations; 0: only at the end
     capture_video: bool = False  # record the episodes of evaluations to <run-dir>/videos
-    checkpoint_every: int = 60  # seconds between checkpoints; 0: only at the end
+    checkpoint_every: int = 60  # seconds between checkpoints; 0: only when the run ends
     resume: str = ""  # checkpoint to go on from; options left out are the checkpoint's
 
     def __post_init__(self):
@@ -105,12 +112,12 @@ class Args:
             value = value.item() if isinstance(value, np.generic) else value
             value = float(value) if float in kinds and type(value) is int else value
             setattr(self, name, value)
-            size = int in kinds and name not in ("seed", "eval_every", "checkpoint_every")
-            low, high = LIMITS.get(name, (int(size), 1e18))
+            positive = int in kinds and name not in ("seed", "eval_every", "checkpoint_every")
+            low, high = LIMITS.get(name, (int(positive), 1e18))
             fits = value in kinds or type(value) in kinds
             if not fits or type(value) in (int, float) and not low <= value <= high:
                 raise Refusal(
-                    f"--{name.replace('_', '-')} {value} is out of range: {low} to {high}, {kinds}"
+                    f"--{name.replace('_', '-')} {value} is not one of {kinds} from {low} to {high}"
                 )
         if self.device == "cuda" and not torch.cuda.is_available():
             raise Refusal("--device cuda: no GPU is available")
@@ -136,7 +143,7 @@ def tanh_gaussian(mean, log_std, noise):
 
 
 def one_step_discount(gamma, terminated):
-    """γ (1 - terminated), the factor of the value of s'   [The SAC Q-Function, eq. 1]
+    """γ (1 - terminated), the factor of what follows s'   [The SAC Q-Function, eq. 1]
 
     The document does not write that no value follows a terminal state. Returns a number in [0, 1].
     """
@@ -167,7 +174,8 @@ def critic_loss(q, td_target):
 def soft_actor_loss(q, logp, alpha):
     """L = -E[min_i Q_i(s, a) - α log π_θ(a|s)]   [SAC's Policy Update, eq. 1]
 
-    Of actions a ~ π_θ(·|s): q Q_i(s, a): (2, B); logp log π_θ(a|s): (B,); alpha α: a number.
+    With the lower of two critics, as [Practical Design Choices in SAC] says. Of actions
+    a ~ π_θ(·|s): q Q_i(s, a): (2, B); logp log π_θ(a|s): (B,); alpha α: a number.
     Returns (), to be minimised, in units of reward.
     """
     return (alpha * logp - q.amin(0)).mean()
@@ -334,8 +342,7 @@ def train(args: Args) -> np.ndarray:
         buffer = ReplayBuffer(args.buffer_size, env.observation_space, np.zeros(action_dim, "f4"))
         learner = {"policy": actor, "critic": critic, "target_critic": target_critic}
         learner |= {"actor_optimizer": actor_optimizer, "critic_optimizer": critic_optimizer}
-        if args.alpha is None:
-            learner |= {"temperature": temperature, "alpha_optimizer": alpha_optimizer}
+        learner |= {"temperature": temperature, "alpha_optimizer": alpha_optimizer}
         run = stack.enter_context(Run(args, **learner, buffer=buffer))
         for optimizer in (actor_optimizer, critic_optimizer, alpha_optimizer):
             optimizer.param_groups[0]["lr"] = args.learning_rate  # a checkpoint's may be another
@@ -343,7 +350,8 @@ def train(args: Args) -> np.ndarray:
         if args.hidden**2 * args.batch_size < 2**23:
             torch.set_num_threads(1)  # layers this small lose more to threads than they gain
 
-        rewards, losses, first = [], [], deque(maxlen=100)
+        rewards, losses = [], []
+        first = deque(maxlen=100)  # (start_value, start_return) of the latest episodes
         obs, _ = env.reset(seed=random.getrandbits(29))
 
         while run.step < args.total_timesteps:
@@ -367,8 +375,8 @@ def train(args: Args) -> np.ndarray:
                 first.append((start_value, np.dot(rewards, gamma ** np.arange(len(rewards)))))
                 obs, rewards = env.reset()[0], []
 
-            due = (updates_due(step, args.burn_in, args.utd) for step in (run.step, run.step + 1))
-            for _ in range(*due):
+            updates = updates_due(run.step, args.burn_in, args.utd)
+            for _ in range(updates, updates_due(run.step + 1, args.burn_in, args.utd)):
                 # 4. Sample.
                 batch = buffer.sample(args.batch_size, run.rng, device)
                 b_obs, b_action, b_reward, b_next_obs, b_discount = (x.float() for x in batch)
@@ -397,8 +405,7 @@ def train(args: Args) -> np.ndarray:
                     alpha_optimizer.step()
                 # 9. Targets.
                 soft_update([*target_critic.parameters()], [*critic.parameters()], args.tau)
-                scalars = q_loss, actor_loss, q.mean(), -logp.mean()
-                losses.append([x.item() for x in scalars])
+                losses.append([x.item() for x in (q_loss, actor_loss, q.mean(), -logp.mean())])
 
             run.step += 1
             if run.step % LOG_EVERY == 0 or run.step == args.total_timesteps:
@@ -428,33 +435,33 @@ def check_finite(what, x):
 
 def make_env(args, video=""):
     """The environment with flat observations; with --capture-video it records to folder video."""
-    usage = gym.error.Error, ModuleNotFoundError, TypeError, ValueError
-    drawn = {"render_mode": "rgb_array"} if args.capture_video else {}
+    mistakes = gym.error.Error, ModuleNotFoundError, TypeError, ValueError
+    render = {"render_mode": "rgb_array"} if args.capture_video else {}
     try:
-        env = gym.make(args.env_id, **json.loads(args.env_kwargs), **drawn)
+        env = gym.make(args.env_id, **json.loads(args.env_kwargs), **render)
         if args.capture_video:  # find out now whether it can draw itself
             env.reset()
             env.render()
-    except Exception if args.capture_video else usage as error:
-        raise Refusal(f"cannot make {args.env_id} {args.env_kwargs} {drawn}: {error}") from error
-    seen, taken = env.observation_space, env.action_space
-    image = seen.dtype == np.uint8 and len(seen.shape) > 1
-    if image or not seen.is_np_flattenable or not isinstance(taken, ACTION_SPACES):
-        raise Refusal(f"{SCRIPT}.py cannot learn {args.env_id}, from {seen} to {taken}")
-    taken.seed(args.seed)
+    except Exception if args.capture_video else mistakes as error:
+        raise Refusal(f"cannot make {args.env_id} {args.env_kwargs} {render}: {error}") from error
+    obs_space, action_space = env.observation_space, env.action_space
+    image = obs_space.dtype == np.uint8 and len(obs_space.shape) > 1
+    if image or not obs_space.is_np_flattenable or not isinstance(action_space, ACTION_SPACES):
+        raise Refusal(f"{SCRIPT}.py cannot learn {args.env_id}, {obs_space} to {action_space}")
     env = gym.wrappers.FlattenObservation(env)
-    return gym.wrappers.RecordVideo(env, video, lambda _: True) if drawn and video else env
+    return gym.wrappers.RecordVideo(env, video, lambda _: True) if render and video else env
 
 
 def load(path, learner):
     """The options and steps of the checkpoint at path, whose other parts go into learner."""
+    here = {"run_dir": "", "resume": "", "device": "cpu"}  # of this run and machine, not of that
     try:
         checkpoint = torch.load(path, "cpu", weights_only=True, mmap=True)
         if checkpoint["script"] != SCRIPT:
             raise Refusal(f"it is of {checkpoint['script']}.py")
         for name, part in learner.items():
             part.load_state_dict(checkpoint[name])
-        return Args(**checkpoint["args"] | {"run_dir": "", "resume": ""}), checkpoint["env_steps"]
+        return Args(**checkpoint["args"] | here), checkpoint["env_steps"]
     except Exception as error:
         why = error if isinstance(error, (OSError, Refusal)) else "damaged, or of other options"
         raise Refusal(f"cannot resume from {path}: {why}") from error
@@ -472,10 +479,10 @@ class Run(AbstractContextManager):
         self.next_save = 0 if args.checkpoint_every else math.inf  # in seconds since the epoch
         self.episodes = deque(maxlen=100)  # (return, length) of the latest
         self.seed()
-        home = args.resume and os.path.dirname(os.path.abspath(args.resume))
         new = f"runs/{args.env_id}__{SCRIPT}__{args.seed}__{time.time():.6f}"
-        self.dir = args.run_dir or home or new
-        if os.path.exists(f"{self.dir}/checkpoint.pt") and os.path.abspath(self.dir) != home:
+        self.dir = args.run_dir or os.path.dirname(args.resume) or new
+        path = os.path.abspath(f"{self.dir}/checkpoint.pt")
+        if os.path.exists(path) and path != os.path.abspath(args.resume):
             raise Refusal(f"--run-dir {self.dir} holds a checkpoint: resume it, or take another")
         try:
             self.dir += f"__rank{rank}" if rank > 0 else ""
@@ -484,21 +491,21 @@ class Run(AbstractContextManager):
         except OSError as error:
             raise Refusal(f"--run-dir {self.dir}: {error.strerror}") from error
         self.writer.add_text("options", "\n".join(f"    {k}: {v}" for k, v in vars(args).items()))
-        gap = 0.1 if sys.stderr.isatty() else 30  # seconds between two states of the bar
-        self.bar = tqdm(None, self.dir, args.total_timesteps, initial=self.step, mininterval=gap)
+        self.bar = tqdm(None, self.dir, args.total_timesteps, initial=self.step, disable=False)
+        self.bar.mininterval = 0.1 if sys.stderr.isatty() else 30  # seconds
 
     def __exit__(self, kind, error, traceback):
         self.bar.close()
+        self.writer.close()
         if error and not isinstance(error, Refusal):
             self.save()
             print(f"saved: --resume {self.dir}/checkpoint.pt goes on", file=sys.stderr)
-        self.writer.close()
 
     def seed(self):
         """Key all generators by (seed, step, rank), so that they are the same after a resume."""
         self.rng = np.random.default_rng([self.args.seed, self.step, self.rank + 1])
-        for seed in random.seed, np.random.seed, torch.manual_seed:
-            seed(int(self.rng.integers(2**32)))
+        for set_seed in random.seed, np.random.seed, torch.manual_seed:
+            set_seed(int(self.rng.integers(2**32)))
 
     def log(self, **losses):
         """Write to the log; evaluate and save where it is time to; key the generators anew."""
@@ -534,12 +541,15 @@ class Run(AbstractContextManager):
         self.next_save = time.time() + max(self.args.checkpoint_every, 10 * (time.time() - began))
 
     def evaluate(self):
-        """Returns, not discounted, of whole episodes on seeds that training never sees."""
+        """Returns, not discounted, of episodes on seeds that training never sees, and their line.
+
+        An episode that has not ended after 100,000 steps is cut there.
+        """
         args, returns = self.args, np.zeros(self.args.eval_episodes)
         with make_env(args, f"{self.dir}/videos/{self.step}") as env:
             for episode in range(args.eval_episodes):
                 obs, _ = env.reset(seed=2**30 + (1000 * args.seed + episode) % 2**30)
-                for _ in range(100_000):  # there may be no time limit
+                for _ in range(100_000):
                     obs, reward, *ends, _ = env.step(self.learner["policy"].act(obs[None])[0])
                     returns[episode] += reward
                     if any(ends):
@@ -552,9 +562,10 @@ class Run(AbstractContextManager):
 
 
 if __name__ == "__main__":
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        if signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP
-            signal.signal(number, lambda number, frame: sys.exit(128 + number))
+    for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(n) != signal.SIG_IGN:  # nohup ignores SIGHUP
+            # The run saves on its way out; a second signal of the kind ends it at once.
+            signal.signal(n, lambda n, _: (signal.signal(n, signal.SIG_DFL), sys.exit(128 + n)))
     try:
         args = tyro.cli(Args, description=__doc__.splitlines()[0])
         if args.resume:  # what the command line leaves out is as in the checkpoint
