@@ -75,7 +75,7 @@ from tqdm import tqdm
 SCRIPT = "dqn"
 LOG_EVERY = 200  # environment steps
 ACTION_SPACES = (gym.spaces.Discrete,)
-LIMITS = {"gamma": (0, 1), "epsilon": (0, 1), "tau": (0, 1), "delta": (1e-9, 1e9)}
+LIMITS = {"gamma": (0, 1), "epsilon": (0, 1), "tau": (0, 1), "delta": (1e-9, 1e9)}  # least, most
 
 
 @dataclasses.dataclass
@@ -101,7 +101,7 @@ class Args:
     env_id: str = "CartPole-v1"  # gymnasium id; module:Name-v0 imports module first
     env_kwargs: str = "{}"  # arguments of the environment, as a JSON object
     seed: int = 1  # same seed, same machine: same weights, bit for bit
-    device: Literal["cpu", "cuda"] = "cpu"  # where the networks compute; --resume keeps it not
+    device: Literal["cpu", "cuda"] = "cpu"  # where the networks compute; not kept by --resume
     run_dir: str = ""  # where to write; default runs/<env-id>__<script>__<seed>__<time>
     eval_episodes: int = 20  # greedy episodes of an evaluation, each cut after 100,000 steps
     eval_every: int = 0  # steps between evaluations; 0: only at the end
@@ -406,7 +406,7 @@ def make_env(args, video=""):
             env.reset()
             env.render()
     except Exception if args.capture_video else mistakes as error:
-        raise Refusal(f"cannot make {args.env_id} {args.env_kwargs} {render}: {error}") from error
+        raise Refusal(f"{args.env_id} {args.env_kwargs}: {type(error).__name__} {error}") from error
     obs_space, action_space = env.observation_space, env.action_space
     image = obs_space.dtype == np.uint8 and len(obs_space.shape) > 1
     if image or not obs_space.is_np_flattenable or not isinstance(action_space, ACTION_SPACES):

@@ -76,7 +76,7 @@ from tqdm import tqdm
 
 SCRIPT = "ppo"
 ACTION_SPACES = gym.spaces.Discrete, gym.spaces.Box
-LIMITS = {"gamma": (0, 1), "gae_lambda": (0, 1), "init_std": (1e-6, 1e6)}
+LIMITS = {"gamma": (0, 1), "gae_lambda": (0, 1), "init_std": (1e-6, 1e6)}  # least and most
 
 
 @dataclasses.dataclass
@@ -106,7 +106,7 @@ class Args:
     env_id: str = "CartPole-v1"  # gymnasium id; module:Name-v0 imports module first
     env_kwargs: str = "{}"  # arguments of the environment, as a JSON object
     seed: int = 1  # same seed, same machine: same weights, bit for bit
-    device: Literal["cpu", "cuda"] = "cpu"  # where the networks compute; --resume keeps it not
+    device: Literal["cpu", "cuda"] = "cpu"  # where the networks compute; not kept by --resume
     run_dir: str = ""  # where to write; default runs/<env-id>__<script>__<seed>__<time>
     eval_episodes: int = 20  # greedy episodes of an evaluation, each cut after 100,000 steps
     eval_every: int = 0  # steps between evaluations; 0: only at the end
@@ -421,7 +421,6 @@ def train(args: Args) -> np.ndarray:
                 for n in np.flatnonzero(~real[t + 1]):
                     run.episodes.append((episode_return[n], episode_length[n]))
                     episode_return[n] = episode_length[n] = 0
-
             check_finite("an observation or a reward", (obs, rewards))
 
             # 3. Advantages and returns. Values and log μ of the whole rollout take one pass each.
@@ -553,7 +552,7 @@ def make_env(args, video=""):
             env.reset()
             env.render()
     except Exception if args.capture_video else mistakes as error:
-        raise Refusal(f"cannot make {args.env_id} {args.env_kwargs} {render}: {error}") from error
+        raise Refusal(f"{args.env_id} {args.env_kwargs}: {type(error).__name__} {error}") from error
     obs_space, action_space = env.observation_space, env.action_space
     image = obs_space.dtype == np.uint8 and len(obs_space.shape) > 1
     if image or not obs_space.is_np_flattenable or not isinstance(action_space, ACTION_SPACES):

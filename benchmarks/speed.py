@@ -265,7 +265,7 @@ def resident():
     with open("/proc/self/statm") as file:
         return int(file.read().split()[1]) * resource.getpagesize()
 before, n = resident(), 1_000_000
-buffer = sac.ReplayBuffer(n, obs, action)
+buffer = sac.ReplayBuffer(n, env.observation_space, action)
 for _ in range(n):
     buffer.add(obs, action, 1.0, obs, 0.99)
 bytes = n * (2 * obs.nbytes + action.nbytes + 8)
