@@ -139,7 +139,8 @@ def test_evaluation_is_on_seeds_that_training_never_sees(name, tmp_path):
 def test_a_resume_restores_everything_that_learns(name, tmp_path, monkeypatch):
     """Tensor by tensor; and one update after it is that of the run that went on, bit for bit.
 
-    In Constant every episode is one step of the same observation, so both see the same data.
+    Every episode is alike, and none is under way where the checkpoint is written, so that the run
+    that begins new ones sees the same data.
     """
     cls = module(name).Run
     log, states = cls.log, {}
@@ -150,10 +151,12 @@ def test_a_resume_restores_everything_that_learns(name, tmp_path, monkeypatch):
         states.setdefault(self.dir, {})[self.step] = state
 
     monkeypatch.setattr(cls, "log", spy)
-    one = 128 // 2 if name == "ppo" else 200  # real steps of one log
-    options = dict(env_id=env_id(name, "Constant"), anneal_lr=False)
+    one = 200  # steps between logs
+    options = dict(env_id="Terminates-v0", anneal_lr=False)
+    if name == "ppo":  # 30 steps are five episodes of five and their reset steps
+        one, options = 4 * 25, {**options, "num_steps": 30}
     if name == "sac":
-        options = dict(env_id="Bandit-v0")
+        options = dict(env_id="TerminatesBox-v0")
     a, b = str(tmp_path / "a"), str(tmp_path / "b")
     module(name).train(args(name, a, total_timesteps=4 * one, **options))
     module(name).train(args(name, b, total_timesteps=2 * one, **options))
