@@ -432,14 +432,14 @@ def load(path, learner):
 class Run(AbstractContextManager):
     """A run: its directory, generators, log, evaluations and checkpoints.
 
+    `episodes`: (return, length) of the latest that ended; `learner`: all that a checkpoint keeps.
     On an exception, Ctrl-C and SIGTERM too, it saves before it leaves; on a Refusal it does not.
     """
 
     def __init__(self, args, rank=0, **learner):
-        self.args, self.rank, self.learner = args, rank, learner
+        self.args, self.rank, self.learner, self.episodes = args, rank, learner, deque(maxlen=100)
         self.step = load(args.resume, learner)[1] if args.resume else 0
         self.next_save = 0 if args.checkpoint_every else math.inf  # in seconds since the epoch
-        self.episodes = deque(maxlen=100)  # (return, length) of the latest
         self.seed()
         new = f"runs/{args.env_id}__{SCRIPT}__{args.seed}__{time.time():.6f}"
         self.dir = args.run_dir or os.path.dirname(args.resume) or new
@@ -495,7 +495,8 @@ class Run(AbstractContextManager):
         check_finite("weights or data", checkpoint)
         checkpoint |= {"script": SCRIPT, "env_steps": self.step, "args": vars(self.args)}
         try:
-            torch.save(checkpoint, f"{self.dir}/checkpoint.tmp")
+            with open(f"{self.dir}/checkpoint.tmp", "wb") as file:
+                torch.save(checkpoint, file)
             os.replace(f"{self.dir}/checkpoint.tmp", f"{self.dir}/checkpoint.pt")
         except (OSError, RuntimeError) as error:
             Path(f"{self.dir}/checkpoint.tmp").unlink(missing_ok=True)

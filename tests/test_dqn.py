@@ -309,6 +309,22 @@ def test_epsilon_follows_its_schedule_also_over_a_resume(script, tmp_path, monke
     assert seen == pytest.approx(exact)
 
 
+def test_the_online_network_selects_and_the_target_network_evaluates(tmp_path, monkeypatch):
+    """The target network, never updated here, gives the same values of one state again and again."""
+    seen, target = [], double_dqn.double_dqn_target
+
+    def spy(reward, discount, q_select, q_evaluate):
+        seen.append((q_select[0].tolist(), q_evaluate[0].tolist()))
+        return target(reward, discount, q_select, q_evaluate)
+
+    monkeypatch.setattr(double_dqn, "double_dqn_target", spy)
+    options = dict(target_every=10**6, utd=1.0, gamma=0.5)
+    trained(double_dqn, tmp_path, "Constant-v0", 300, **options)
+    select, evaluate = zip(*seen, strict=True)
+    assert all(q == pytest.approx(evaluate[0], abs=1e-6) for q in evaluate)
+    assert select[0] == pytest.approx(evaluate[0], abs=1e-6) != pytest.approx(select[-1], abs=1e-2)
+
+
 @both
 def test_only_the_online_network_receives_gradient(script):
     env = script.make_env(script.Args(env_id="Both-v0"))

@@ -388,9 +388,9 @@ def test_a_full_disk_is_named_and_leaves_the_last_checkpoint(name, tmp_path, mon
     module(name).train(args(name, tmp_path, total_timesteps=400))
     before, save = (tmp_path / "checkpoint.pt").read_bytes(), torch.save
 
-    def half(what, path):
-        save(what, path)
-        os.truncate(path, os.path.getsize(path) // 2)
+    def half(what, file):
+        save(what, file)
+        file.truncate(1_000)
         try:
             raise OSError(28, "No space left on device")
         except OSError:
@@ -738,10 +738,15 @@ def test_readme_says_how_to_use_a_saved_policy(name, tmp_path):
 TWO = """
 import os, sys, torch, tyro, envs, ppo as script
 evaluate, log = script.Run.evaluate, script.Run.log
-seen = []
+seen, weights, all_sum = [], [], script.all_sum
+def summed(*tensors, weight=1):
+    weights.append(weight)
+    return all_sum(*tensors, weight=weight)
+script.all_sum = summed
 def tell(run):
     state = {name: part.state_dict() for name, part in run.learner.items()}
-    about = {"step": run.step, "obs": envs.Matched.log, "losses": seen}
+    about = {"step": run.step, "obs": envs.Matched.log, "losses": seen, "weights": weights}
+    about["probe"] = all_sum(torch.tensor([run.rank + 1.0]), torch.ones(2), weight=0.25 + run.rank / 2)
     torch.save({**about, **state}, f"{os.environ['OUT']}/rank{run.rank}.pt")
     return evaluate(run)
 def note(run, **losses):
@@ -782,7 +787,12 @@ def test_two_processes_learn_as_one(tmp_path):
     assert len(list((tmp_path / "run").glob("events*"))) == 1
     ranks = [torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in (0, 1)]
     assert ranks[0]["step"] == ranks[1]["step"] == load(tmp_path / "run")["env_steps"] >= 8_000
-    shared = [{k: v for k, v in x.items() if k not in ("obs", "losses")} for x in ranks]
+    own = "obs", "losses", "weights"
+    shared = [{k: v for k, v in x.items() if k not in own} for x in ranks]
+    assert ranks[0]["probe"].item() == 0.25 * 1 + 0.75 * 2
+    for a, b in zip(ranks[0]["weights"], ranks[1]["weights"], strict=True):
+        assert a == b == 1 or a + b == pytest.approx(1), "each process weighs by its steps"
+    assert sum(a != 1 for a in ranks[0]["weights"]) > len(ranks[0]["weights"]) / 2
     assert same(*shared), "the same weights, optimiser state and statistics"
     assert ranks[0]["obs"][:50] != ranks[1]["obs"][:50] and ranks[0]["losses"] != ranks[1]["losses"]
     # Every second step is a reset step: an iteration has 8 x 63 real steps, or one less an environment.
