@@ -322,7 +322,8 @@ def test_the_online_network_selects_and_the_target_network_evaluates(tmp_path, m
     trained(double_dqn, tmp_path, "Constant-v0", 300, **options)
     select, evaluate = zip(*seen, strict=True)
     assert all(q == pytest.approx(evaluate[0], abs=1e-6) for q in evaluate)
-    assert select[0] == pytest.approx(evaluate[0], abs=1e-6) != pytest.approx(select[-1], abs=1e-2)
+    assert select[0] == pytest.approx(evaluate[0], abs=1e-6), "they begin as one"
+    assert select[-1] != pytest.approx(evaluate[-1], abs=1e-2)
 
 
 @both
