@@ -206,12 +206,16 @@ def test_the_actor_loss_takes_the_lower_q_and_pays_for_log_probability():
     assert sac.soft_actor_loss(q, logp, torch.tensor([0.5])).item() == ((-0.5 - 1) + (1.5 - 3)) / 2
 
 
+def test_nothing_follows_a_terminal_state():
+    assert sac.one_step_discount(0.5, True) == 0 and sac.one_step_discount(0.5, False) == 0.5
+
+
 # Temperature
 
 
 def test_temperature_rises_where_the_entropy_is_too_low():
     logp = torch.tensor([1.0, 3.0], requires_grad=True)  # entropy -2
-    for target, slope in ((-1, -1.0), (-3, 1.0)):
+    for target, slope in ((-1.5, -0.5), (-4, 2.0)):
         log_alpha = torch.tensor(0.7, requires_grad=True)
         loss = sac.temperature_loss(log_alpha, logp, target)
         gradient = torch.autograd.grad(loss, (log_alpha, logp), allow_unused=True)
