@@ -215,6 +215,16 @@ def boxed(kind):
 
 StaysBox, DrawsBox, FaultyBox = map(boxed, (Stays, Draws, Faulty))
 DISCRETE = Constant, TwoStep, Observed, Matched, Truncates, Terminates, Both, Stays, Draws, Faulty
-BOXES = MatchedBox, TruncatesBox, TerminatesBox, BothBox, StaysBox, DrawsBox, FaultyBox, Bandit, Dimmer
+BOXES = (
+    MatchedBox,
+    TruncatesBox,
+    TerminatesBox,
+    BothBox,
+    StaysBox,
+    DrawsBox,
+    FaultyBox,
+    Bandit,
+    Dimmer,
+)
 for env in (*DISCRETE, *BOXES, Spaces):
     gym.register(f"{env.__name__}-v0", env, disable_env_checker=True, order_enforce=False)

@@ -71,7 +71,9 @@ def test_epsilon_stays_at_1_then_falls_linearly_to_its_end():
 def test_epsilon_greedy_mixes_the_best_with_uniform_actions():
     rng, q = np.random.default_rng(0), np.array([0.0, 2.0, 1.0])
     for epsilon in (0.0, 0.3, 1.0):
-        counts = np.bincount([dqn.epsilon_greedy(q, epsilon, rng) for _ in range(9_000)], minlength=3)
+        counts = np.bincount(
+            [dqn.epsilon_greedy(q, epsilon, rng) for _ in range(9_000)], minlength=3
+        )
         exact = epsilon / 3 + np.array([0, 1 - epsilon, 0])
         np.testing.assert_allclose(counts / 9_000, exact, atol=0.02)
 
@@ -300,7 +302,9 @@ def test_the_gradient_is_clipped(tmp_path, monkeypatch):
 @both
 def test_epsilon_follows_its_schedule_also_over_a_resume(script, tmp_path, monkeypatch):
     seen, choose = [], script.epsilon_greedy
-    monkeypatch.setattr(script, "epsilon_greedy", lambda q, e, rng: seen.append(e) or choose(q, e, rng))
+    monkeypatch.setattr(
+        script, "epsilon_greedy", lambda q, e, rng: seen.append(e) or choose(q, e, rng)
+    )
     options = dict(burn_in=200, epsilon_steps=400, epsilon=0.1, utd=0.01)
     trained(script, tmp_path / "a", "Both-v0", 400, **options)
     resume = str(tmp_path / "a/checkpoint.pt")

@@ -166,7 +166,9 @@ def test_options_are_checked_alike():
     checks = {}
     for name in NEW:
         text = blocks(name)["Args"].partition("    def __post_init__")[2]
-        checks.setdefault(text.partition("        if dist.is_torchelastic_launched")[0].rstrip(), []).append(name)
+        checks.setdefault(
+            text.partition("        if dist.is_torchelastic_launched")[0].rstrip(), []
+        ).append(name)
         assert ("does not run under torchrun" in text) == (name != "ppo")
     assert len(checks) == 1
 

@@ -127,7 +127,13 @@ def test_box_actions_are_scaled_and_clipped_for_the_environment_only():
 
 @pytest.mark.parametrize(
     ("low", "high", "dtype"),
-    [(-100, 100, np.int8), (0, 255, np.uint8), (100, 200, np.uint8), (-3, 4, np.int64), (0, 1, bool)],
+    [
+        (-100, 100, np.int8),
+        (0, 255, np.uint8),
+        (100, 200, np.uint8),
+        (-3, 4, np.int64),
+        (0, 1, bool),
+    ],
 )
 def test_the_levels_of_an_integer_box_are_chosen_equally_often(low, high, dtype):
     space = gym.spaces.Box(low, high, (1,), dtype)
@@ -366,7 +372,9 @@ def test_continuous_action(tmp_path, options):
 
 def test_the_entropy_bonus_keeps_the_policy_wide(tmp_path):
     trained(tmp_path, "Matched-v0", 8_000, entropy_coef=10.0)
-    assert scalars(tmp_path)["losses/last_entropy"][-1] > 0.65  # log 2 is 0.69; without it, towards 0
+    assert (
+        scalars(tmp_path)["losses/last_entropy"][-1] > 0.65
+    )  # log 2 is 0.69; without it, towards 0
 
 
 def test_time_limit_does_not_end_the_value(tmp_path):

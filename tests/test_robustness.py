@@ -1,4 +1,7 @@
-"""What the scripts before the plain pattern must survive (for the others see test_runs.py): kills, resumes, odd spaces, bad input, not-a-number, two processes."""
+"""What the scripts before the plain pattern must survive: kills, resumes, odd spaces, bad input.
+
+The plain scripts: test_runs.py.
+"""
 
 import dataclasses
 import multiprocessing
@@ -26,7 +29,9 @@ SHORT = {
     "reinforce": dict(num_envs=4, hidden=16, value_steps=2, value_batch=16),
     "a2c": dict(num_envs=4, num_steps=5, hidden=16),
     "a3c": dict(workers=1, hidden=16),
-    "awr": dict(num_envs=4, num_steps=32, buffer_size=512, critic_steps=4, actor_steps=8, hidden=16),
+    "awr": dict(
+        num_envs=4, num_steps=32, buffer_size=512, critic_steps=4, actor_steps=8, hidden=16
+    ),
     "ddpg": dict(burn_in=50, batch_size=16, hidden=16, utd=0.1),
     "td3": dict(burn_in=50, batch_size=16, hidden=16, utd=0.1),
 }

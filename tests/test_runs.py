@@ -275,7 +275,12 @@ script.train(script.Args(**eval(sys.argv[1])))
 
 @pytest.mark.parametrize(
     ("name", "number"),
-    [("ppo", signal.SIGINT), ("dqn", signal.SIGTERM), ("double_dqn", signal.SIGHUP), ("sac", signal.SIGINT)],
+    [
+        ("ppo", signal.SIGINT),
+        ("dqn", signal.SIGTERM),
+        ("double_dqn", signal.SIGHUP),
+        ("sac", signal.SIGINT),
+    ],
 )
 def test_signals_save_and_say_how_to_go_on(name, number, tmp_path):
     line = [sys.executable, ROOT / f"{name}.py", "--total-timesteps", 10**9, "--run-dir", tmp_path]
@@ -521,7 +526,14 @@ def test_numbers_of_other_kinds(name, tmp_path):
 @every_script
 @pytest.mark.parametrize(
     ("option", "value"),
-    [("seed", "1"), ("hidden", 2.5), ("gamma", "0.9"), ("device", "tpu"), ("eval_every", None), ("capture_video", "yes")],
+    [
+        ("seed", "1"),
+        ("hidden", 2.5),
+        ("gamma", "0.9"),
+        ("device", "tpu"),
+        ("eval_every", None),
+        ("capture_video", "yes"),
+    ],
 )
 def test_options_of_the_wrong_type_are_refused(name, option, value, tmp_path):
     with pytest.raises(module(name).Refusal, match=option.replace("_", "-")):
@@ -727,7 +739,9 @@ def test_an_environment_that_cannot_be_drawn_is_refused_before_training(name, tm
 def test_readme_says_how_to_use_a_saved_policy(name, tmp_path):
     module(name).train(args(name, tmp_path))
     code = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)[1]
-    code = code.replace("ppo", name).replace("runs/.../checkpoint.pt", str(tmp_path / "checkpoint.pt"))
+    code = code.replace("ppo", name).replace(
+        "runs/.../checkpoint.pt", str(tmp_path / "checkpoint.pt")
+    )
     found = {}
     exec(code, found)
     assert np.isfinite(found["reward"])
@@ -779,7 +793,9 @@ def torchrun(tmp_path, code, options, processes=2):
 
 def test_two_processes_learn_as_one(tmp_path):
     """Different data on each; only sums over both keep weights, optimiser and statistics the same."""
-    options = "--num-envs 16 --num-steps 63 --hidden 32 --learning-rate 5e-3 --norm-obs --norm-rewards"
+    options = (
+        "--num-envs 16 --num-steps 63 --hidden 32 --learning-rate 5e-3 --norm-obs --norm-rewards"
+    )
     options += f" --target-kl 0.05 --env-id envs:Matched-v0 --total-timesteps 8000 --run-dir {tmp_path}/run"
     run = torchrun(tmp_path, TWO, options)
     assert run.returncode == 0, run.stderr
@@ -810,7 +826,9 @@ script.train(tyro.cli(script.Args))
 
 
 def test_not_a_number_on_one_process_ends_all_before_anything_is_saved(tmp_path):
-    options = "--num-envs 8 --num-steps 32 --hidden 16 --env-id envs:Faulty-v0 --total-timesteps 1000000"
+    options = (
+        "--num-envs 8 --num-steps 32 --hidden 16 --env-id envs:Faulty-v0 --total-timesteps 1000000"
+    )
     run = torchrun(tmp_path, FAULT, f"{options} --run-dir {tmp_path}/run")
     assert run.returncode != 0 and "not finite" in run.stderr
     saved = load(tmp_path / "run")

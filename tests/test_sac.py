@@ -298,7 +298,9 @@ def test_the_actors_step_leaves_the_critics_as_they_are(tmp_path, monkeypatch):
 
     def spy(self, *a):
         weights = self.param_groups[0]["params"]
-        gradients.append((len(weights), [None if w.grad is None else w.grad.clone() for w in weights]))
+        gradients.append(
+            (len(weights), [None if w.grad is None else w.grad.clone() for w in weights])
+        )
         return step(self, *a)
 
     monkeypatch.setattr(torch.optim.Adam, "step", spy)
