@@ -464,8 +464,8 @@ def train(args: Args) -> np.ndarray:
                     loss = args.value_coef * v_loss - surrogate
                     if args.entropy_coef:
                         loss = loss - args.entropy_coef * policy.entropy(output).mean()
-                    policy.zero_grad()
-                    critic.zero_grad()
+                    for x in parameters:  # as zero_grad does, in less time
+                        x.grad = None
                     loss.backward()
                     if world > 1:
                         all_sum(*(x.grad for x in parameters), weight=share)
