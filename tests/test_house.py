@@ -95,10 +95,12 @@ def code_tokens(source):
         for child in node.body if isinstance(getattr(node, "body", None), list) else []:
             if isinstance(child, ast.Expr) and isinstance(child.value, ast.Constant):
                 strings.update(range(child.lineno, child.end_lineno + 1))
+    depth = 0  # of f-strings, which Python 3.11 takes as one token and later versions as many
     for token in tokenize.generate_tokens(io.StringIO(source).readline):
         kind = tokenize.tok_name[token.type]
+        depth += (kind == "FSTRING_START") - (kind == "FSTRING_END")
         if kind not in IGNORED and token.start[0] not in strings:
-            yield kind, token.start[0], token.end[0]
+            yield "STRING" if depth else kind, token.start[0], token.end[0]
 
 
 def code_lines(source):
