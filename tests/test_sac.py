@@ -309,6 +309,21 @@ def test_the_actors_step_leaves_the_critics_as_they_are(tmp_path, monkeypatch):
     assert all(g is not None for _, group in gradients for g in group)
 
 
+def test_targets_are_of_the_target_critics(tmp_path, monkeypatch):
+    """One module evaluates s' without gradient, and it is not the one that learns."""
+    calls, forward = [], sac.QNetworks.forward
+
+    def spy(self, obs, action):
+        if len(obs) > 1:  # a batch, not the value at the start of an episode
+            calls.append((id(self), torch.is_grad_enabled()))
+        return forward(self, obs, action)
+
+    monkeypatch.setattr(sac.QNetworks, "forward", spy)
+    trained(tmp_path, "BothBox-v0", 210)
+    fixed, learning = ({n for n, grad in calls if grad == kind} for kind in (False, True))
+    assert len(fixed) == len(learning) == 1 and fixed != learning
+
+
 def test_the_target_critics_follow_slowly(tmp_path, monkeypatch):
     history, update = [], sac.soft_update
 
@@ -323,8 +338,6 @@ def test_the_target_critics_follow_slowly(tmp_path, monkeypatch):
     for before, theta, after, tau in history:
         for b, t, a in zip(before, theta, after, strict=True):
             torch.testing.assert_close(a, (1 - tau) * b + tau * t)
-    last = trained(tmp_path / "2", "BothBox-v0", 210)[1]
-    assert len(last["target_critic"]) == 6
 
 
 def test_the_action_that_pays_is_found(tmp_path):
