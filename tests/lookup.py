@@ -33,7 +33,7 @@ def functions(places: list[str]) -> str:
 def files(places: list[str]) -> str:
     """file::test to a link for each file."""
     paths = dict.fromkeys(place.split("::")[0] for place in places if "::" in place)
-    return ", ".join(f"[{path.removeprefix('tests/')}]({path})" for path in paths)
+    return ", ".join(f"[{pathlib.PurePath(path).name}]({path})" for path in paths)
 
 
 def column(rows: list, text) -> str:

@@ -24,7 +24,7 @@ import time
 
 import pytest
 from conftest import ROOT, SCRIPTS, SOURCES, module
-from test_house import equation_functions
+from test_rules import equation_functions
 
 TESTS = {path.stem: path.read_text(encoding="utf-8") for path in (ROOT / "tests").glob("test_*.py")}
 
