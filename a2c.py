@@ -3,57 +3,83 @@ r"""Advantage Actor-Critic: a critic tells how much better an action was than it
 Derivations: "How do we learn the state-dependent baseline $V^\pi(s)$?",
 "The Core Actor-Critic Framework", "Advantage Actor-Critic (A2C)",
 "Why This Difference Matters: A2C vs AC", "Actor-Critic as Policy Iteration",
-"The Asynchronous Solution: Parallel Experience Collection".
+"The Asynchronous Solution: Parallel Experience Collection"; of earlier sections
+"Gaussian Policy", "Softmax Policy".
 
     1.  Initialise the policy π_θ and the critic V_φ.
-    2.  Let π_θ act for T steps in each of N environments; for k = ∞ one episode in each.
-    3.  Advantages A_t = G_t - V_φ(s_t), G_t the k-step return: k rewards, then V_φ.
-    4.  L = E[log π_θ(a|s) A] + c_H H(π_θ) - c_V E[(V_φ - G)²]
+    2.  Let π_θ act for T steps in each of N environments; for k = ∞ one whole episode in each.
+    3.  Advantages A_t = G_t - V_φ(s_t), where G_t is the k-step return: k rewards, then V_φ.
+    4.  L = E[log π_θ(a|s) A] + c_H H(π_θ) - c_V E[(V_φ(s) - G)²]
     5.  One RMSprop step on θ, φ up the gradient of L; repeat from 2.
 
 Notation: s -> obs -> (T+1, N, obs_dim);  a -> actions -> (T, N) or (T, N, action_dim);
-r_t -> rewards -> (T, N);  V_φ -> values -> (T+1, N).  b_...: the real steps of the rollout, flat:
-A, G -> b_advantages, b_returns -> (B,);  log π_θ -> logp -> (B,).
+r_t, A_t -> rewards, advantages -> (T, N);  V_φ -> values -> (T+1, N).  b_... holds the B real steps
+of the rollout, flat: A, G -> b_advantages, b_returns -> (B,);  log π_θ -> logp -> (B,).
 
-k = 1 is the document's A2C, k = ∞ (--k-step 0) its Monte Carlo actor-critic, whose rollouts are N
-whole episodes, each from reset, of at most 1,000 steps where there is no time limit. In between, as
-in the paper, no return reaches beyond the rollout: that of step t has min(k, T - t) rewards. A time
-limit (truncated) ends the sum of any k, but not the value: only terminated does. Beyond the
-document: entropy bonus, gradient-norm clip, linear learning-rate decay. Under torchrun, its
-synchronous scheme, gradients are averaged over processes before each step, and what is logged is
-that of rank 0.
+k = 1 is the document's A2C. k = ∞, which is --k-step 0, is its Monte Carlo actor-critic: each
+rollout begins from reset and holds one episode of each environment, cut after 10,000 steps. For any
+other k no return reaches beyond the rollout, as in the paper: that of step t has min(k, T - t)
+rewards. A time limit (truncated) ends the rewards but not the value: only terminated does.
+
+Beyond the document: an entropy bonus; one clip of the gradient's norm and one optimiser for both
+networks; a learning rate that falls linearly; orthogonal initial weights. σ is learned, one for
+each action dimension; the environment gets actions clipped to its bounds, the policy's density does
+not know them. RMSprop has ε = 0.1 (torch's is 1e-8), as is usual for A3C: where V_φ has been exact
+for long, its mean of squared gradients fades, and with a small ε the next failure would move all
+weights far. The defaults are not the paper's; they suit CartPole.
+Under torchrun, the document's synchronous scheme, the environments are shared out, and gradients
+are averaged over the real steps of all processes. For k = ∞ an environment that has ended plays on
+until the last one has: these steps are counted, but nothing is learned from them.
+
+Logged: losses and entropy are those of the latest update.
 
 Paper: Mnih et al. 2016, Asynchronous Methods for Deep Reinforcement Learning, arXiv 1602.01783,
 of whose A3C this is the synchronous variant.
 """
 
-import atexit
+# /// script
+# requires-python = ">=3.11"
+# dependencies = [
+#     "gymnasium[classic-control,box2d,mujoco]==1.4.0",
+#     "moviepy==2.2.1",
+#     "mujoco==3.8.1",
+#     "numpy==2.4.6",
+#     "tensorboard==2.21.0",
+#     "torch==2.13.0",
+#     "tqdm==4.70.1",
+#     "tyro==1.0.17",
+# ]
+# ///
+
+import dataclasses
+import functools
+import json
 import math
 import os
+import random
 import signal
 import sys
 import time
 from collections import deque
-from dataclasses import dataclass
-from typing import Literal, NoReturn
+from contextlib import AbstractContextManager, ExitStack, closing, redirect_stdout
+from pathlib import Path
+from typing import Literal, get_args
 
 import gymnasium as gym
 import numpy as np
 import torch
-import torch.distributed as dist
 import tyro
-from torch import Tensor, nn
-from torch.nn.utils import parameters_to_vector, vector_to_parameters
+from torch import Tensor, distributed as dist, nn
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 SCRIPT = "a2c"
-LOG_EVERY = 200  # environment steps
-ACTION_SPACES = (gym.spaces.Discrete, gym.spaces.Box)
-LIMITS = {"gamma": (0, 1), "num_steps": (2, 1e18), "k_step": (0, 1e18)}
+LOG_EVERY = 1_000  # environment steps
+ACTION_SPACES = gym.spaces.Discrete, gym.spaces.Box
+LIMITS = {"gamma": (0, 1), "num_steps": (2, 1e18), "k_step": (0, 1e18), "init_std": (1e-6, 1e6)}
 
 
-@dataclass
+@dataclasses.dataclass
 class Args:
     total_timesteps: int = 200_000  # environment steps, over all environments and processes
     num_envs: int = 8  # N, environments, shared out among torchrun's processes
@@ -61,138 +87,41 @@ class Args:
     k_step: int = 16  # k, rewards in a return before the value; 0: k = ∞, whole episodes
     gamma: float = 0.99  # γ, the discount
     learning_rate: float = 7e-3  # RMSprop's step size
-    anneal_lr: bool = True  # linear decay, to 0 at --total-timesteps, also where --resume raises it
+    anneal_lr: bool = True  # let the learning rate fall linearly, to 0 at --total-timesteps
     entropy_coef: float = 0.0  # c_H, weight of the entropy bonus
     value_coef: float = 0.5  # c_V, weight of the value loss
-    max_grad_norm: float = 5.0  # clip of the gradient's global norm
-    init_std: float = 1.0  # σ of the Gaussian policy at the start, 1 being half the action's range
+    max_grad_norm: float = 5.0  # clip the gradient's norm to this; 0: no clip
+    init_std: float = 1.0  # σ of the Gaussian policy at first; 1 is half a bounded action's range
     hidden: int = 64  # units in each of the two hidden layers
 
     env_id: str = "CartPole-v1"  # gymnasium id; module:Name-v0 imports module first
+    env_kwargs: str = "{}"  # arguments of the environment, as a JSON object
     seed: int = 1  # same seed, same machine: same weights, bit for bit
-    device: Literal["cpu", "cuda"] = "cpu"  # where networks and rollouts are kept
-    run_dir: str = ""  # default: runs/<env-id>__<script>__<seed>__<time>
-    eval_episodes: int = 20  # episodes in each evaluation, greedy or mean action
-    eval_every: int = 0  # also evaluate every so many steps; 0: only at the end
-    capture_video: bool = False  # record the evaluation episodes to <run-dir>/videos
-    checkpoint_every: int = 50_000  # steps between checkpoints; 0: only at the end
-    resume: str = ""  # checkpoint to continue from, its options being the defaults
+    device: Literal["cpu", "cuda"] = "cpu"  # where the networks compute; not kept by --resume
+    run_dir: str = ""  # where to write; default runs/<env-id>__<script>__<seed>__<time>
+    eval_episodes: int = 20  # greedy episodes of an evaluation, each cut after 100,000 steps
+    eval_every: int = 0  # steps between evaluations; 0: only at the end
+    capture_video: bool = False  # record the episodes of evaluations to <run-dir>/videos
+    checkpoint_every: int = 60  # seconds between checkpoints; 0: only when the run ends
+    resume: str = ""  # checkpoint to go on from; options left out are the checkpoint's
 
-
-# Networks -----------------------------------------------------------------------------------------
-
-
-class MLP(nn.Module):
-    """norm, two tanh layers, a linear one; orthogonal weights, those of the last times gain."""
-
-    def __init__(self, norm: nn.Module | None, inputs: int, hidden: int, outputs: int, gain: float):
-        super().__init__()
-        layers = nn.Linear(inputs, hidden), nn.Linear(hidden, hidden), nn.Linear(hidden, outputs)
-        self.norm, self.layers = norm, nn.ModuleList(layers)
-        for layer, scale in zip(layers, (math.sqrt(2), math.sqrt(2), gain), strict=True):
-            nn.init.orthogonal_(layer.weight, scale)
-            nn.init.zeros_(layer.bias)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(..., inputs) to (..., outputs)."""
-        first, second, last = self.layers
-        return last(second(first(self.norm(x) if self.norm else x).tanh()).tanh())
-
-    def in_numpy(self):
-        """forward, with the present weights, of arrays: for few rows a quarter of torch's time."""
-        norm = self.norm.in_numpy() if self.norm else np.asarray
-        arrays = (x.detach().cpu().numpy().T for x in self.layers.parameters())
-        w_1, b_1, w_2, b_2, w_3, b_3 = arrays
-        return lambda x: np.tanh(np.tanh(norm(x) @ w_1 + b_1) @ w_2 + b_2) @ w_3 + b_3
-
-
-class SoftmaxPolicy(MLP):
-    """π_θ(a|s) = softmax of h_θ(s, ·), over a Discrete space."""
-
-    def __init__(self, norm, obs_dim: int, space: gym.spaces.Discrete, hidden: int):
-        super().__init__(norm, obs_dim, hidden, int(space.n), gain=0.01)
-        self.space = space
-
-    def actor(self):
-        """a = argmax_b h_θ(s, b) + noise, which is a ~ π_θ(·|s); without noise greedy. (...)."""
-        logits = self.in_numpy()
-        return lambda obs, noise=0.0: (logits(obs) + noise).argmax(-1)
-
-    def noise(self, *shape: int) -> np.ndarray:
-        """Gumbel noise, (*shape, A)."""
-        return -torch.empty(*shape, int(self.space.n)).exponential_().log().numpy()
-
-    def log_prob(self, logits: Tensor, action: Tensor) -> Tensor:
-        """log π_θ(a|s), (...)."""
-        return softmax_log_prob(logits, action)
-
-    def entropy(self, logits: Tensor) -> Tensor:
-        """H(π_θ(·|s)), (...)."""
-        return softmax_entropy(logits)
-
-    def to_env(self, action: np.ndarray) -> np.ndarray:
-        """What the environments take for action, (N,)."""
-        return action + self.space.start
-
-
-class GaussianPolicy(MLP):
-    """π_θ(a|s) = N(a | m_θ(s), diag σ²) over a Box, its bounded dimensions scaled to [-1, 1].
-
-    m_θ is the document's μ_θ, whose letter is the behaviour policy's here.
-    """
-
-    def __init__(self, norm, obs_dim: int, space: gym.spaces.Box, hidden: int, std: float):
-        bounded = np.maximum(np.abs(space.low), np.abs(space.high)) < 1e9
-        low, high = np.where(bounded, space.low, -1), np.where(bounded, space.high, 1)
-        super().__init__(norm, obs_dim, hidden, low.size, gain=0.01)
-        self.space, self.scale, self.shift = space, (high - low) / 2, (high + low) / 2
-        self.log_std = nn.Parameter(torch.full((low.size,), std).log())
-
-    def actor(self):
-        """a = m_θ(s) + σ noise, not clipped to the bounds; without noise the mean. (..., d)."""
-        mean, std = self.in_numpy(), self.log_std.detach().exp().cpu().numpy()
-        return lambda obs, noise=0.0: mean(obs) + std * noise
-
-    def noise(self, *shape: int) -> np.ndarray:
-        """Normal noise, (*shape, d)."""
-        return torch.randn(*shape, len(self.log_std)).numpy()
-
-    def log_prob(self, mean: Tensor, action: Tensor) -> Tensor:
-        """log π_θ(a|s), (...)."""
-        return gaussian_log_prob(mean, self.log_std, action)
-
-    def entropy(self, mean: Tensor) -> Tensor:
-        """H(π_θ(·|s)), the same for all s, ()."""
-        return gaussian_entropy(self.log_std)
-
-    def to_env(self, action: np.ndarray) -> np.ndarray:
-        """What the environments take for action: in their units, within bounds, (N, *shape)."""
-        action = action.reshape(-1, *self.space.shape) * self.scale + self.shift
-        return action.clip(self.space.low, self.space.high).astype(self.space.dtype)
-
-
-def policy_for(obs_dim: int, space: gym.Space, args: Args) -> nn.Module:
-    """The policy for actions in space."""
-    if isinstance(space, gym.spaces.Discrete):
-        return SoftmaxPolicy(None, obs_dim, space, args.hidden)
-    return GaussianPolicy(None, obs_dim, space, args.hidden, args.init_std)
-
-
-class RMSprop(nn.Module):
-    """torch's RMSprop on one vector θ, changed in place, with v, the mean of g², in a buffer.
-
-    θ ← θ - η g / (√v + ε). ε is large, as is usual for A3C: where V_φ is exact for long, v fades,
-    and with a small ε the next failure moves all weights by 10 η. It costs no import; that of
-    torch.optim takes a second.
-    """
-
-    def __init__(self, theta: Tensor):
-        super().__init__()
-        self.theta, self.v = theta, nn.Buffer(torch.zeros_like(theta))
-
-    def step(self, gradient: Tensor, learning_rate: float) -> None:
-        self.v.mul_(0.99).addcmul_(gradient, gradient, value=0.01)
-        self.theta.addcdiv_(gradient, self.v.sqrt().add_(0.1), value=-learning_rate)
+    def __post_init__(self):
+        """Refuse an option of another type, choice or range; numpy's numbers become plain ones."""
+        for name, value in vars(self).items():
+            kind = Args.__annotations__[name]
+            kinds = get_args(kind) or [kind]  # choices, or types
+            value = value.item() if isinstance(value, np.generic) else value
+            value = float(value) if float in kinds and type(value) is int else value
+            setattr(self, name, value)
+            positive = int in kinds and name not in ("seed", "eval_every", "checkpoint_every")
+            low, high = LIMITS.get(name, (int(positive), 1e18))
+            fits = value in kinds or type(value) in kinds
+            if not fits or type(value) in (int, float) and not low <= value <= high:
+                raise Refusal(
+                    f"--{name.replace('_', '-')} {value} is not one of {kinds} from {low} to {high}"
+                )
+        if self.device == "cuda" and not torch.cuda.is_available():
+            raise Refusal("--device cuda: no GPU is available")
 
 
 # Equations ----------------------------------------------------------------------------------------
@@ -232,32 +161,16 @@ def gaussian_entropy(log_std):
     return (log_std + 0.5 * math.log(2 * math.pi * math.e)).sum()
 
 
-def running_sums(x, keep, start):
-    """y_t = x_t + keep_t y_{t-1}
-
-    With rewards for x and γ for keep, but 0 on reset steps, the discounted return so far, which
-    looks back where that of [Rewards and Returns] looks ahead; γ = 1 ends as the episode's return.
-    x, keep: (T, ...); start, y before them: (...). Returns (T, ...), in units of x.
-    """
-    sums, keep, span = x.clone(), keep.clone(), 1
-    sums[0] += keep[0] * start
-    while span < len(sums):  # y_t holds what the last span steps add to it, and span doubles
-        sums[span:] = torch.addcmul(sums[span:], keep[span:], sums[:-span])
-        keep[span:] = keep[span:] * keep[:-span]
-        span *= 2
-    return sums
-
-
 def k_step_advantages(rewards, values, terminated, truncated, gamma, k):
     r"""A_t = G_t - V(s_t),   G_t = r_t + γ r_{t+1} + ... + γⁿ⁻¹ r_{t+n-1} + γⁿ V(s_{t+n})
 
-    n = k, or what is left of the episode or rollout; after termination without V. k = 1 is
-    [Advantage Actor-Critic (A2C), eq. 1] and
-    [How do we learn the state-dependent baseline $V^\pi(s)$?, eq. 9]; k = ∞ on whole episodes
+    Here n is k, or what is left of the episode or rollout; after termination there is no V.
+    k = 1 is [Advantage Actor-Critic (A2C), eq. 1] and
+    [How do we learn the state-dependent baseline $V^\pi(s)$?, eq. 9]; k = ∞ on whole episodes is
     [How do we learn the state-dependent baseline $V^\pi(s)$?, eq. 8].
-    Computed from G = V, k times: G_t = r_t + γ (1 - terminated_t) (V(s_{t+1}) if truncated_t else
-    G_{t+1}). rewards, terminated, truncated: (T, ...); values, V of s_0 to s_T: (T+1, ...). Returns
-    (T, ...), in units of reward: those of reset steps are meaningless, and no other reads them.
+    The recursion over k: 0 rewards are V, and one more is r_t + γ G_{t+1} with one less.
+    rewards, terminated, truncated: (T, ...); values, V of s_0 to s_T: (T+1, ...). Returns (T, ...),
+    in units of reward: those of reset steps are meaningless, and no other advantage reads them.
     """
     returns = values.clone()
     for _ in range(min(k, len(rewards))):
@@ -278,9 +191,124 @@ def policy_gradient_loss(logp, advantages):
 def value_loss(values, returns):
     r"""E[(V_φ(s_t) - G_t)²]   [How do we learn the state-dependent baseline $V^\pi(s)$?, eq. 4]
 
+    The document's G_t is a Monte Carlo return; ours, A_t + V_φ(s_t), may end in a value.
     values V_φ, returns G: (B,). Returns (), to be minimised, in squared units of reward.
     """
     return nn.functional.mse_loss(values, returns)
+
+
+# Networks -----------------------------------------------------------------------------------------
+
+
+def mlp(env, args, outputs, gain):
+    """Two tanh layers and a linear one; orthogonal weights, those of the last times gain."""
+    obs_dim, hidden = env.observation_space.shape[0], args.hidden
+    layers = nn.Linear(obs_dim, hidden), nn.Linear(hidden, hidden), nn.Linear(hidden, outputs)
+    for layer in layers:
+        nn.init.orthogonal_(layer.weight, math.sqrt(2))
+        nn.init.zeros_(layer.bias)
+    nn.init.orthogonal_(layers[2].weight, gain)
+    return layers[0], nn.Tanh(), layers[1], nn.Tanh(), layers[2]
+
+
+def in_numpy(net):
+    """net as a function of arrays, which for few rows takes a fraction of torch's time.
+
+    It goes layer by layer. A layer it does not know, or a net with its own forward, runs in torch.
+    On the CPU it follows the weights as they change; of a GPU's it holds a copy.
+    """
+    if type(net) is nn.Tanh:
+        return np.tanh
+    if type(net) is nn.ReLU:
+        return lambda x: np.maximum(x, 0)
+    if type(net) is nn.Linear and net.bias is not None:
+        weight, bias = net.weight.detach().cpu().numpy().T, net.bias.detach().cpu().numpy()
+        return lambda x: x @ weight + bias
+    if type(net).forward is nn.Sequential.forward:
+        layers = [in_numpy(layer) for layer in net]
+        return lambda x: functools.reduce(lambda y, layer: layer(y), layers, x)
+    example = next(iter(net.state_dict().values()), torch.empty(0))
+    return lambda x: net(torch.as_tensor(x).to(example)).detach().cpu().numpy()
+
+
+def box_actions(space):
+    """A function from actions (n, d) in [-1, 1] to those of the Box space, (n, *shape).
+
+    Dimensions without bounds are left as they are; of integers every level gets an equal part.
+    """
+    low, high = space.low.astype(np.float64), space.high.astype(np.float64)
+    bounded = (low > -1e9) & (high < 1e9)
+    least, most = np.where(bounded, low, -1), np.where(bounded, high, 1)
+    whole = space.dtype.kind in "iub"
+    scale, shift = (most - least + whole * bounded) / 2, (most + least) / 2
+
+    def to_env(action):
+        check_finite("an action of the policy", action)
+        action = action.reshape(-1, *space.shape) * scale + shift
+        return (action.round() if whole else action).clip(low, high).astype(space.dtype)
+
+    return to_env
+
+
+class SoftmaxPolicy(nn.Sequential):
+    """π_θ(a|s) = softmax of h_θ(s, ·) over a Discrete space: obs (..., obs_dim) to h_θ (..., A)."""
+
+    log_prob = staticmethod(softmax_log_prob)
+    entropy = staticmethod(softmax_entropy)
+
+    def __init__(self, env, args, *norm):
+        super().__init__(*norm, *mlp(env, args, env.action_space.n, gain=0.01))
+        self.start = env.action_space.start
+
+    def sample(self, logits, rng):
+        """a ~ π_θ(·|s), as argmax_a h_θ(s, a) + Gumbel noise, (...)."""
+        return (logits + rng.gumbel(size=logits.shape)).argmax(-1)
+
+    def to_env(self, action):
+        """What the environment takes for action, (...)."""
+        return action + self.start
+
+    def act(self, obs):
+        """Greedy actions at obs, (n, obs_dim), as the environment takes them, (n,)."""
+        logits = self(torch.as_tensor(obs).to(self[-1].weight))
+        return self.to_env(logits.argmax(-1).cpu().numpy())
+
+
+class GaussianPolicy(nn.Sequential):
+    """π_θ(a|s) = N(a | m_θ(s), diag σ²) over a Box: obs (..., obs_dim) to m_θ (..., d).
+
+    m_θ is the document's μ_θ, whose letter is the behaviour policy's here.
+    """
+
+    def __init__(self, env, args, *norm):
+        d = env.action_space.low.size
+        super().__init__(*norm, *mlp(env, args, d, gain=0.01))
+        self.log_std = nn.Parameter(torch.full((d,), args.init_std).log())
+        self.to_env = box_actions(env.action_space)
+
+    def sample(self, mean, rng):
+        """a ~ π_θ(·|s), not clipped to the bounds, (..., d)."""
+        std = self.log_std.detach().exp().cpu().numpy()
+        return mean + std * rng.standard_normal(mean.shape, np.float32)
+
+    def log_prob(self, mean, action):
+        """log π_θ(a|s), (...)."""
+        return gaussian_log_prob(mean, self.log_std, action)
+
+    def entropy(self, mean):
+        """H(π_θ(·|s)), the same for all s, ()."""
+        return gaussian_entropy(self.log_std)
+
+    def act(self, obs):
+        """Mean actions at obs, (n, obs_dim), as the environment takes them, (n, *shape)."""
+        mean = self(torch.as_tensor(obs).to(self.log_std))
+        return self.to_env(mean.detach().cpu().numpy())
+
+
+def make_policy(env, args):
+    """The policy for the spaces of env."""
+    discrete = isinstance(env.action_space, gym.spaces.Discrete)
+    return (SoftmaxPolicy if discrete else GaussianPolicy)(env, args)
 
 
 # Training -----------------------------------------------------------------------------------------
@@ -288,260 +316,272 @@ def value_loss(values, returns):
 
 def train(args: Args) -> np.ndarray:
     """Run the algorithm above; return the episode returns of the final evaluation."""
-    check(args)
-    rank, world = start_processes()
-    N, device, gamma, whole = args.num_envs // world, args.device, args.gamma, args.k_step == 0
-    if N * world != args.num_envs:
-        stop(f"--num-envs must be a multiple of {world}")
+    with ExitStack() as stack:
+        rank, world, device = start_processes(stack, args.device)
+        N, whole = args.num_envs // world, args.k_step == 0
+        if args.num_envs % world:
+            raise Refusal(f"--num-envs {args.num_envs} cannot be shared out to {world} processes")
 
-    # 1. Initialise, alike in every process.
-    envs = make_envs(args.env_id, N)
-    T = (envs.spec.max_episode_steps or 1_000) if whole else args.num_steps
-    k = args.k_step or T
-    if args.hidden * N * T < 2**16:
-        torch.set_num_threads(1)  # layers this small lose more to threads than they gain
-    torch.manual_seed(args.seed)
-    obs_dim, space = envs.single_observation_space.shape[0], envs.single_action_space
-    policy = policy_for(obs_dim, space, args).to(device)
-    critic = MLP(None, obs_dim, args.hidden, 1, gain=1.0).to(device)
-    parameters = [*policy.parameters(), *critic.parameters()]
-    # θ and φ as one vector, of which the parameters of the networks become views.
-    theta = parameters_to_vector(parameters).detach()
-    vector_to_parameters(theta, parameters)
-    optimizer = RMSprop(theta)
-    modules = {"policy": policy, "critic": critic, "optimizer": optimizer}
+        # 1. Initialise, alike in every process.
+        torch.manual_seed(args.seed)
+        env = stack.enter_context(make_env(args))
+        envs = stack.enter_context(closing(make_envs(args, N)))
+        T = 10_000 if whole else args.num_steps
+        policy = make_policy(env, args).to(device)
+        critic = nn.Sequential(*mlp(env, args, 1, gain=1.0)).to(device)
+        parameters = [*policy.parameters(), *critic.parameters()]
+        optimizer = torch.optim.RMSprop(parameters, eps=0.1)
+        learner = {"policy": policy, "critic": critic, "optimizer": optimizer}
+        run = stack.enter_context(Run(args, rank, **learner))
+        stack.callback(torch.set_num_threads, torch.get_num_threads())
+        if args.hidden * N * args.num_steps < 2**16:
+            torch.set_num_threads(1)  # layers this small lose more to threads than they gain
 
-    def act(obs: np.ndarray) -> np.ndarray:
-        return policy.to_env(policy.actor()(obs))
+        # obs[t + 1] is the true successor of obs[t], also where an episode ended. The step after an
+        # end is the reset step: its action was ignored, its reward is 0, and real is False there.
+        # For k = ∞ it stays False until the episodes of all environments have ended.
+        obs = np.zeros((T + 1, *envs.observation_space.shape), np.float32)  # (T+1, N, obs_dim)
+        rewards = np.zeros((T, N), np.float32)
+        terminated, truncated = np.zeros((2, T, N), bool)
+        real = np.ones((T + 1, N), bool)
+        episode = np.zeros((2, N))  # return and length so far
+        obs[T], _ = envs.reset(seed=random.getrandbits(29))
 
-    run = Run(args, modules, act, rank, total=lambda x: world * all_mean(x))
+        while run.step < args.total_timesteps:
+            remaining = 1 - run.step / args.total_timesteps if args.anneal_lr else 1
+            optimizer.param_groups[0]["lr"] = args.learning_rate * remaining
 
-    # obs[t + 1] is the true successor of obs[t], also where an episode ended. The step after an end
-    # is the reset step: its action was ignored, its reward is 0, and valid is False there.
-    np_obs = np.zeros((T + 1, *envs.observation_space.shape), np.float32)  # (T+1, N, obs_dim)
-    np_obs[T] = envs.reset(seed=env_seed(args.seed, run.step, rank))[0]
-    np_actions = policy.actor()(np_obs[:T])  # (T, N) or (T, N, action_dim)
-    np_rewards, np_valid = np.zeros((T, N), np.float32), np.ones((T + 1, N), np.bool_)
-    np_terminated, np_truncated = np.zeros((2, T, N), np.bool_)
-    so_far = torch.zeros(1, N, 2)
-
-    while run.step < args.total_timesteps and not run.interrupted:
-        remaining = 1 - run.step / args.total_timesteps
-        learning_rate = args.learning_rate * (remaining if args.anneal_lr else 1)
-        steps, until_log = 0, min(LOG_EVERY, args.total_timesteps - run.step)
-        for _ in range(until_log // (T * args.num_envs) or 1):
             # 2. Act. Nothing is computed but what the next action needs.
-            np_obs[0], np_valid[0] = np_obs[T], np_valid[T]
+            obs[0], real[0] = obs[T], real[T]
             if whole:
-                np_obs[0], np_valid[0], so_far = envs.reset()[0], True, torch.zeros(1, N, 2)
-            pi, noise = policy.actor(), policy.noise(T, N)
+                obs[0], _ = envs.reset()
+                real[0], episode[:] = True, 0
+            pi, actions, steps, ended = in_numpy(policy), [], 0, ~real[0]
             for t in range(T):
-                np_actions[t] = pi(np_obs[t], noise[t])
-                outcome = envs.step(policy.to_env(np_actions[t]))
-                np_obs[t + 1], np_rewards[t], np_terminated[t], np_truncated[t], _ = outcome
-                ended = np_terminated[t] | np_truncated[t]
-                np_valid[t + 1] = ~ended & np_valid[t] if whole else ~ended
-                if whole and not np_valid[t + 1].any():
+                actions.append(policy.sample(pi(obs[t]), run.rng))  # (N,) or (N, action_dim)
+                steps += N - ended.sum()  # a reset step simulates nothing
+                outcome = envs.step(policy.to_env(actions[t]))
+                obs[t + 1], rewards[t], terminated[t], truncated[t], _ = outcome
+                ended = terminated[t] | truncated[t]
+                real[t + 1] = ~ended & real[t] if whole else ~ended
+                episode += rewards[t], real[t]
+                run.episodes.extend(episode[:, ended & real[t]].T)
+                episode[:, ended] = 0
+                if whole and not real[t + 1].any():
                     break
-            obs = torch.from_numpy(np_obs[: t + 2])
-            rows = np_actions, np_rewards, np_terminated, np_truncated, np_valid
-            rows = (torch.from_numpy(row[: t + 1]) for row in rows)
-            actions, rewards, terminated, truncated, real = rows
-            keep = real.float().unsqueeze(-1)
-            so_far = running_sums(torch.cat([rewards.unsqueeze(-1), keep], -1), keep, so_far[-1])
-            run.episodes.extend(so_far[(terminated | truncated) & real].tolist())
-            steps += int(real.sum())
+            check_finite("an observation or a reward", (obs, rewards))
 
             # 3. Advantages and returns.
+            rollout = obs, np.stack(actions), rewards, terminated, truncated, real
+            s, a, r, *ends, real_steps = (torch.from_numpy(x[: t + 1]) for x in rollout)
             with torch.no_grad():
-                values = critic(obs.to(device)).squeeze(-1).cpu()
-                advantages = k_step_advantages(rewards, values, terminated, truncated, gamma, k)
-                batch = obs[:-1], actions, advantages, advantages + values[:-1]
-                b_obs, b_actions, b_advantages, b_returns = (x[real].to(device) for x in batch)
+                values = critic(torch.from_numpy(obs[: t + 2]).to(device)).squeeze(-1).cpu()
+                advantages = k_step_advantages(r, values, *ends, args.gamma, args.k_step or T)
+                rows = s, a, advantages, advantages + values[:-1]
+                b_obs, b_actions, b_advantages, b_returns = (x[real_steps].to(device) for x in rows)
+            total, steps = all_sum(torch.tensor([len(b_obs), steps])).tolist()
+            share = len(b_obs) / total  # the weight of this process
 
             # 4. Loss.
             output = policy(b_obs)
-            logp, entropy = policy.log_prob(output, b_actions), policy.entropy(output).mean()
-            pg_loss = policy_gradient_loss(logp, b_advantages)
+            pg_loss = policy_gradient_loss(policy.log_prob(output, b_actions), b_advantages)
             v_loss = value_loss(critic(b_obs).squeeze(-1), b_returns)
+            entropy = policy.entropy(output).mean()
             loss = pg_loss - args.entropy_coef * entropy + args.value_coef * v_loss
 
             # 5. RMSprop step.
-            gradient = torch.autograd.grad(loss, parameters)
-            gradient = all_mean(torch.cat([g.flatten() for g in gradient]))
-            gradient *= (args.max_grad_norm / (gradient.norm() + 1e-8)).clamp(max=1)
-            optimizer.step(gradient, learning_rate)
+            optimizer.zero_grad()
+            loss.backward()
+            all_sum(*(x.grad for x in parameters), weight=share)
+            nn.utils.clip_grad_norm_(parameters, args.max_grad_norm or math.inf)
+            optimizer.step()
 
-        run.update(steps, {"policy_loss": pg_loss, "value_loss": v_loss, "entropy": entropy})
-    return run.finish()
+            run.step += steps
+            if run.step >= min(run.bar.n + LOG_EVERY, args.total_timesteps):
+                run.log(policy_loss=pg_loss, value_loss=v_loss, entropy=entropy)
+        return run.evaluate()
 
 
 # Plumbing -----------------------------------------------------------------------------------------
 
 
-def stop(message: str, status: int = 2) -> NoReturn:
-    """End the program with one line on stderr."""
-    print(f"{SCRIPT}.py: {message.splitlines()[0]}", file=sys.stderr)
-    sys.exit(status)
+class Refusal(Exception):
+    """What the script will not do or go on with, in one line for its user."""
 
 
-def check(args: Args) -> None:
-    """Stop at a number out of range; where LIMITS says nothing, sizes begin at 1, others at 0."""
-    for name, value in vars(args).items():
-        size = type(value) is int and name not in ("seed", "eval_every", "checkpoint_every")
-        low, high = LIMITS.get(name, (int(size), 1e18))
-        if isinstance(value, (int, float)) and not low <= value <= high:
-            stop(f"--{name.replace('_', '-')} {value} is out of range: {low} to {high}")
-    if args.device == "cuda" and not torch.cuda.is_available():
-        stop("--device cuda: no GPU is available")
-
-
-def start_processes() -> tuple[int, int]:
-    """Rank and number of the processes that torchrun started; (0, 1) without it."""
-    if "RANK" in os.environ and not dist.is_initialized():
+def start_processes(stack, device):
+    """Rank and number of torchrun's processes, 0 and 1 without it, and the device of this one."""
+    if not dist.is_torchelastic_launched():
+        return 0, 1, device
+    if not dist.is_initialized():
         dist.init_process_group()
-        atexit.register(dist.destroy_process_group)  # its threads, or they abort the exit
-    return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    stack.enter_context(redirect_stdout(sys.stdout if dist.get_rank() == 0 else None))
+    own = f"cuda:{dist.get_node_local_rank(0)}" if device == "cuda" else device
+    return dist.get_rank(), dist.get_world_size(), own
 
 
-def all_mean(x: Tensor) -> Tensor:
-    """The mean of x over torchrun's processes."""
-    if dist.is_initialized():
-        dist.all_reduce(x)
-        x /= dist.get_world_size()
-    return x
+def all_sum(*tensors, weight=1):
+    """Sum each tensor, times weight, over torchrun's processes, in place; returns the first."""
+    if dist.is_torchelastic_launched():
+        dist.all_reduce(vector := weight * nn.utils.parameters_to_vector(tensors))
+        nn.utils.vector_to_parameters(vector, tensors)
+    return tensors[0]
 
 
-def env_seed(seed: int, step: int, rank: int) -> int:
-    """Seed, below 2²⁹, of what rank begins at step: environments and random numbers."""
-    return int(np.random.SeedSequence([seed, step, rank]).generate_state(1)[0]) >> 3
-
-
-def make_envs(env_id: str, n: int, **kwargs) -> gym.vector.VectorEnv:
-    """n copies of env_id, observations flat; the environment's own vector version if it has one."""
-    envs = gym.make_vec(env_id, n, **kwargs)
-    obs_space, action_space = envs.single_observation_space, envs.single_action_space
-    image = obs_space.dtype == np.uint8 and len(obs_space.shape) > 1
-    if image or not obs_space.is_np_flattenable or not isinstance(action_space, ACTION_SPACES):
-        names = " and ".join(space.__name__ for space in ACTION_SPACES)
-        stop(f"{env_id} maps {obs_space} to {action_space}; supported: no images, {names}")
-    flat = isinstance(obs_space, gym.spaces.Box) and len(obs_space.shape) == 1
+def make_envs(args, n):
+    """n copies of the environment as one: gymnasium's own vector version where there is one."""
+    envs = gym.make_vec(args.env_id, n, **json.loads(args.env_kwargs))
+    if (mode := envs.metadata.get("autoreset_mode")) != gym.vector.AutoresetMode.NEXT_STEP:
+        raise Refusal(f"{args.env_id} resets its episodes by {mode}; {SCRIPT}.py needs NEXT_STEP")
+    flat = gym.spaces.flatten_space(envs.single_observation_space) == envs.single_observation_space
     return envs if flat else gym.wrappers.vector.FlattenObservation(envs)
 
 
-def load_checkpoint(path: str, modules: dict) -> dict:
-    """Read what Run.save wrote, and restore modules from it."""
+def check_finite(what, x):
+    """Refuse to go on where a number in x, a nest of numbers and arrays, is not finite."""
+    for part in x.values() if isinstance(x, dict) else x if isinstance(x, (list, tuple)) else ():
+        check_finite(what, part)
+    if isinstance(x, (float, np.ndarray, Tensor)) and not math.isfinite(torch.as_tensor(x).sum()):
+        raise Refusal(f"not finite (nan or inf), so the last checkpoint is kept: {what}")
+
+
+def make_env(args, video=""):
+    """The environment with flat observations; with --capture-video it records to folder video."""
+    mistakes = gym.error.Error, ModuleNotFoundError, TypeError, ValueError
+    render = {"render_mode": "rgb_array"} if args.capture_video else {}
     try:
-        checkpoint = torch.load(path, "cpu", weights_only=True)
+        env = gym.make(args.env_id, **json.loads(args.env_kwargs), **render)
+        if args.capture_video:  # find out now whether it can draw itself
+            env.reset()
+            env.render()
+    except Exception if args.capture_video else mistakes as error:
+        raise Refusal(f"{args.env_id} {args.env_kwargs}: {type(error).__name__} {error}") from error
+    image = (obs_space := env.observation_space).dtype == np.uint8 and len(obs_space.shape) > 1
+    if image or not obs_space.is_np_flattenable or not isinstance(env.action_space, ACTION_SPACES):
+        raise Refusal(f"{SCRIPT}.py cannot learn {args.env_id}, {obs_space} to {env.action_space}")
+    env = gym.wrappers.FlattenObservation(env)
+    return gym.wrappers.RecordVideo(env, video, lambda _: True) if render and video else env
+
+
+def load(path, learner):
+    """The options and steps of the checkpoint at path, whose other parts go into learner."""
+    here = {"run_dir": "", "resume": "", "device": "cpu"}  # of this run and machine, not of that
+    try:
+        checkpoint = torch.load(path, "cpu", weights_only=True, mmap=True)
         if checkpoint["script"] != SCRIPT:
-            raise ValueError(f"it is of {checkpoint['script']}.py")
-        for name, module in modules.items():
-            module.load_state_dict(checkpoint[name])
-        return checkpoint | {"args": Args(**checkpoint["args"])}
+            raise Refusal(f"it is of {checkpoint['script']}.py")
+        for name, part in learner.items():
+            part.load_state_dict(checkpoint[name])
+        return Args(**checkpoint["args"] | here), checkpoint["env_steps"]
     except Exception as error:
-        stop(f"cannot resume from {path}: {type(error).__name__}: {str(error).splitlines()[-1]}")
+        why = error if isinstance(error, (OSError, Refusal)) else "damaged, or of other options"
+        raise Refusal(f"cannot resume from {path}: {why}") from error
 
 
-class Run:
-    """Steps, TensorBoard, progress bar, evaluations and checkpoints; only rank 0 writes."""
+class Run(AbstractContextManager):
+    """A run: its directory, generators, log, evaluations and checkpoints.
 
-    def __init__(self, args: Args, modules: dict, act, rank: int = 0, total=lambda x: x):
-        self.args, self.modules, self.act, self.rank, self.total = args, modules, act, rank, total
-        self.dir = args.run_dir or f"runs/{args.env_id}__{SCRIPT}__{args.seed}__{time.time():.0f}"
-        self.step = 0
-        if args.resume:
-            self.dir = args.run_dir or os.path.dirname(args.resume) or "."
-            self.step = load_checkpoint(args.resume, modules)["env_steps"]
-        torch.manual_seed(env_seed(args.seed, self.step, rank))
-        self.first_step, self.start_time = self.step, time.time()
-        self.episodes = deque(maxlen=100)  # (return, length) of the latest
-        self.writer = SummaryWriter(self.dir, purge_step=self.step + 1) if rank == 0 else None
-        self.bar = tqdm(total=args.total_timesteps, initial=self.step, disable=rank > 0 or None)
-        self.signalled = self.interrupted = False  # in this process; in any, as all have agreed
-        signal.signal(signal.SIGINT, lambda *_: setattr(self, "signalled", True))
+    `episodes`: (return, length) of the latest that ended; `learner`: all that a checkpoint keeps.
+    On an exception, Ctrl-C and SIGTERM too, it saves before it leaves; on a Refusal it does not.
+    """
 
-    def update(self, steps: int, losses: dict[str, Tensor]) -> None:
-        """Add the steps of all processes; log; evaluate and save where it is time to."""
-        counts = self.total(torch.tensor([steps, self.signalled], dtype=torch.float64))
-        last_step, self.step = self.step, self.step + round(counts[0].item())
-        self.interrupted = counts[1].item() > 0
-        scalars = {f"losses/{name}": loss.item() for name, loss in losses.items()}
-        if not all(map(math.isfinite, scalars.values())):
-            stop(f"not finite at step {self.step}, so the last checkpoint is kept: {scalars}", 1)
-        if self.rank > 0:
-            return
-        scalars["charts/SPS"] = (self.step - self.first_step) / (time.time() - self.start_time)
+    def __init__(self, args, rank=0, **learner):
+        self.args, self.rank, self.learner, self.episodes = args, rank, learner, deque(maxlen=100)
+        self.step = load(args.resume, learner)[1] if args.resume else 0
+        self.next_save = 0 if args.checkpoint_every else math.inf  # in seconds since the epoch
+        self.seed()
+        new = f"runs/{args.env_id}__{SCRIPT}__{args.seed}__{time.time():.6f}"
+        self.dir = args.run_dir or os.path.dirname(args.resume) or new
+        path = os.path.abspath(f"{self.dir}/checkpoint.pt")
+        if os.path.exists(path) and path != os.path.abspath(args.resume):
+            raise Refusal(f"--run-dir {self.dir} holds a checkpoint: resume it, or take another")
+        try:
+            self.dir += f"__rank{rank}" if rank > 0 else ""
+            os.makedirs(self.dir, exist_ok=self.dir != new)
+            self.writer = SummaryWriter(self.dir, purge_step=self.step + 1)
+        except OSError as error:
+            raise Refusal(f"--run-dir {self.dir}: {error.strerror}") from error
+        self.writer.add_text("options", "\n".join(f"    {k}: {v}" for k, v in vars(args).items()))
+        self.bar = tqdm(None, self.dir, args.total_timesteps, initial=self.step, disable=False)
+        self.bar.mininterval = 0.1 if sys.stderr.isatty() else 30  # seconds
+
+    def __exit__(self, kind, error, traceback):
+        self.bar.close()
+        self.writer.close()
+        if error and not isinstance(error, Refusal):
+            self.save()
+            print(f"saved: --resume {self.dir}/checkpoint.pt goes on", file=sys.stderr)
+
+    def seed(self):
+        """Key all generators by (seed, step, rank), so that they are the same after a resume."""
+        self.rng = np.random.default_rng([self.args.seed, self.step, self.rank + 1])
+        for set_seed in random.seed, np.random.seed, torch.manual_seed:
+            set_seed(int(self.rng.integers(2**32)))
+
+    def log(self, **losses):
+        """Write to the log; evaluate and save where it is time to; key the generators anew."""
+        scalars = {f"losses/{name}": torch.as_tensor(x).item() for name, x in losses.items()}
+        check_finite(f"{scalars} at step {self.step}", scalars)
+        scalars["charts/SPS"] = (self.step - self.bar.initial) / self.bar.format_dict["elapsed"]
         if self.episodes:
             mean_return, scalars["charts/episodic_length"] = np.mean(self.episodes, 0)
             scalars["charts/episodic_return"] = mean_return
             self.bar.set_postfix_str(f"return {mean_return:.1f}", False)
         for name, value in scalars.items():
             self.writer.add_scalar(name, value, self.step)
-        self.bar.update(self.step - last_step)
-        args = self.args
-        for every, task in (args.eval_every, self.evaluate), (args.checkpoint_every, self.save):
-            if every > 0 and self.step // every > last_step // every:
-                task()
-
-    def save(self) -> None:
-        """Write the checkpoint aside, then put it in the place of the last one."""
-        checkpoint = {name: module.state_dict() for name, module in self.modules.items()}
-        checkpoint |= {"script": SCRIPT, "env_steps": self.step}
-        checkpoint["args"] = vars(self.args) | {"run_dir": "", "resume": ""}
-        self.writer.flush()
-        torch.save(checkpoint, f"{self.dir}/checkpoint.tmp")
-        os.replace(f"{self.dir}/checkpoint.tmp", f"{self.dir}/checkpoint.pt")
-
-    def evaluate(self) -> np.ndarray:
-        """Undiscounted returns of --eval-episodes whole episodes, on seeds training never sees.
-
-        Each environment plays one: of the first to end among many, too many would be short. For a
-        video they are played in turn.
-        """
-        env_id, episodes = self.args.env_id, self.args.eval_episodes
-        if self.args.capture_video:
-            options = {"name_prefix": f"step-{self.step}", "episode_trigger": lambda _: True}
-            envs = make_envs(env_id, 1, render_mode="rgb_array")
-            envs = gym.wrappers.vector.RecordVideo(envs, f"{self.dir}/videos", **options)
-        else:
-            envs = make_envs(env_id, episodes)
-        returns = np.zeros(episodes)
-        for first in range(0, episodes, envs.num_envs):
-            obs, _ = envs.reset(seed=2**30 + env_seed(self.args.seed, 0, 0) + first)
-            running = np.ones(envs.num_envs, np.bool_)
-            for _ in range(100_000):  # there may be no time limit
-                obs, reward, terminated, truncated, _ = envs.step(self.act(obs))
-                returns[first : first + envs.num_envs] += reward * running
-                running &= ~(terminated | truncated)
-                if not running.any():
-                    break
-        envs.close()
-        self.writer.add_scalar("charts/eval_return", returns.mean(), self.step)
-        return returns
-
-    def finish(self) -> np.ndarray:
-        """The last checkpoint, the final evaluation and the line of results."""
-        self.bar.close()
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        if self.rank > 0:
-            return np.zeros(0)
-        if self.step > self.first_step:
+        if self.args.eval_every and self.step % self.args.eval_every < self.step - self.bar.n:
+            self.evaluate()
+        self.bar.update(self.step - self.bar.n)
+        if time.time() > self.next_save or self.step >= self.args.total_timesteps:
             self.save()
-        if self.interrupted:
-            stop(f"stopped at step {self.step}; --resume {self.dir}/checkpoint.pt goes on", 130)
-        returns = self.evaluate()
-        self.writer.close()
-        wall = time.time() - self.start_time
+        self.seed()
+
+    def save(self):
+        """Write the checkpoint aside, then put it in the place of the last one."""
+        began = time.time()
+        checkpoint = {name: part.state_dict() for name, part in self.learner.items()}
+        check_finite("weights or data", checkpoint)
+        checkpoint |= {"script": SCRIPT, "env_steps": self.step, "args": vars(self.args)}
+        try:
+            with open(f"{self.dir}/checkpoint.tmp", "wb") as file:
+                torch.save(checkpoint, file)
+            os.replace(f"{self.dir}/checkpoint.tmp", f"{self.dir}/checkpoint.pt")
+        except (OSError, RuntimeError) as error:
+            Path(f"{self.dir}/checkpoint.tmp").unlink(missing_ok=True)
+            raise Refusal(f"cannot write to {self.dir}: {error.__context__ or error}") from error
+        self.next_save = time.time() + max(self.args.checkpoint_every, 10 * (time.time() - began))
+
+    def evaluate(self):
+        """Returns, not discounted, of episodes on seeds that training never sees, and their line.
+
+        An episode that has not ended after 100,000 steps is cut there.
+        """
+        args, returns = self.args, np.zeros(self.args.eval_episodes)
+        with make_env(args, f"{self.dir}/videos/{self.step}") as env:
+            for episode in range(args.eval_episodes):
+                obs, _ = env.reset(seed=2**30 + (1000 * args.seed + episode) % 2**30)
+                for _ in range(100_000):
+                    obs, reward, *ends, _ = env.step(self.learner["policy"].act(obs[None])[0])
+                    returns[episode] += reward
+                    if any(ends):
+                        break
+        self.writer.add_scalar("charts/eval_return", returns.mean(), self.step)
+        took = self.bar.format_dict["elapsed"]
         print(f"eval_return_mean={returns.mean():.2f} eval_return_std={returns.std():.2f}", end=" ")
-        print(f"eval_episodes={len(returns)} env_steps={self.step} wall_seconds={wall:.1f}")
+        print(f"eval_episodes={len(returns)} env_steps={self.step} wall_seconds={took:.1f}")
         return returns
 
 
 if __name__ == "__main__":
-    args = tyro.cli(Args)
-    if args.resume:  # what the command line leaves out is as in the checkpoint
-        args = tyro.cli(Args, default=load_checkpoint(args.resume, {})["args"])
+    for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(n) != signal.SIG_IGN:  # nohup ignores SIGHUP
+            # The run saves on its way out; a second signal of the kind ends it at once.
+            signal.signal(n, lambda n, _: (signal.signal(n, signal.SIG_DFL), sys.exit(128 + n)))
     try:
+        args = tyro.cli(Args, description=__doc__.splitlines()[0])
+        if args.resume:  # what the command line leaves out is as in the checkpoint
+            args = tyro.cli(Args, default=load(args.resume, {})[0])
         train(args)
-    except (gym.error.Error, ImportError, OSError) as error:
-        stop(f"{type(error).__name__}: {error}")
+    except Refusal as error:
+        print(f"{SCRIPT}.py: {str(error).splitlines()[0]}", file=sys.stderr)
+        sys.exit(2)

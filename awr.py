@@ -2,312 +2,149 @@ r"""Advantage-Weighted Regression: imitate the actions of a replay buffer, the b
 
 Derivations: "The Performance Difference Lemma", "The Optimization Problem",
 "Advantage Weighted Regression (AWR)", "How Do We Actually Use This Oracle Solution?",
-"The Practical AWR Algorithm", "Why AWR is Off-Policy", "The Role of Temperature $\alpha$".
+"The Practical AWR Algorithm", "Why AWR is Off-Policy", "The Role of Temperature $\alpha$"; of
+earlier sections "Gaussian Policy", "Softmax Policy",
+"Review: Actor-Critic and the Advantage Function",
+"How do we learn the state-dependent baseline $V^\pi(s)$?".
 
     1.  Initialise the policy π_θ, the critic V_φ and an empty buffer D.
-    2.  Let π_θ act for T steps in each of N environments; keep the trajectories in D, whose
-        policy μ is the mixture of all that acted.
-    3.  Update the running statistics of the observations, until they have seen enough.
-    4.  TD(λ) returns G of all of D, with the present V_φ.
-    5.  Critic: steps on φ down the gradient of  E_D[(V_φ(s) - G)²]
+    2.  Let π_θ act for T steps in each of N environments; D keeps the last K of these rollouts.
+        Its behaviour policy μ is the mixture of all that acted in them.
+    3.  Add the new observations to the statistics that normalise them.
+    4.  TD(λ) returns G of all steps in D, with the present V_φ.
+    5.  Critic: Adam steps on φ down the gradient of E_D[(V_φ(s) - G)²].
     6.  TD(λ) returns again, with the new V_φ, and advantages A^μ = G - V_φ, standardised.
     7.  w = min(exp(A^μ / α), w_max)
-    8.  Actor: steps on θ up the gradient of  E_D[w log π_θ(a|s)] - penalty;  repeat from 2.
+    8.  Actor: Adam steps on θ up the gradient of E_D[w log π_θ(a|s)] - penalty; repeat from 2.
 
-Notation: D -> buffer: K rollouts, each a column of segments;  s -> obs -> (T+1, K, N, obs_dim);
-a -> actions -> (T, K, N) or (T, K, N, action_dim);  r, A^μ -> rewards, advantages -> (T, K, N);
-V_φ -> values -> (T+1, K, N).  b_...: the real steps of D, flat: G, w -> b_returns, b_weights ->
-(B,).  Of a minibatch: log π_θ -> logp.
+Notation: of one rollout: s_t, a_t, r_t -> obs, actions, rewards, (T+1, N, obs_dim), (T, N) or
+(T, N, action_dim), (T, N).  Of all in D: s, a, r -> s, a, r;  V_φ, A^μ -> values, advantages: the
+same with K before N.  b_... holds the B real steps of D, flat: G, A^μ, w -> b_returns,
+b_advantages, b_weights -> (B,);  mb_... those of a minibatch, for which log π_θ -> logp.
 
-Beyond the document, from the paper and its code: TD(λ), clipped weights, standardised advantages
-(the code, with α = 1; the paper's text has them raw, with α = 0.05), observations normalised by
-statistics that are frozen in the end, a critic whose output is multiplied by 1/(1 - γ), a fixed σ,
-penalties on mean actions out of bounds and on large logits. Adam in place of SGD with momentum,
-which --optimizer sgd brings back. Segments end with their rollout, where V_φ(s_T) takes over, as it
-does at a time limit (truncated); only terminated ends the value. --data trains without acting.
+A time limit (truncated) cuts the trace of a return but not the value: only terminated does. The end
+of a rollout is as a time limit: V_φ(s_T) stands for what follows.
+
+Beyond the document, as in the authors' code: TD(λ) returns, G = A + V with the A of GAE(λ)
+(Schulman et al. 2016, arXiv 1506.02438); weights clipped at w_max; advantages standardised over D,
+for which α = 1 (the paper's text has them raw, with α = 0.05); observations centred and divided by
+their running deviation; a critic network that gives (1 - γ) V_φ; a σ that is not learned; penalties
+of 10 · ½ E[‖excess‖²] on mean actions out of bounds and of 0.001 · ½ E[‖h_θ‖²] on logits. The ½ is
+in the code's losses. Its critic's loss has one too, which Adam does not see and we leave out.
+
+Unlike that code: Adam, with ε = 1e-5 (torch's is 1e-8), in place of gradient descent with momentum,
+whose step sizes (1e-2 on φ, 1e-5 to 5e-4 on θ) say nothing of ours; two tanh layers of one size and
+orthogonal initial weights, in place of ReLU layers of 128 and 64. The code collects whole episodes
+until it has 2,048 steps, and makes more updates the more it got beyond; ours has T steps of each
+environment and as many updates each time, some steps fewer being reset steps. Its minibatches are
+passes through D in a shuffled order; ours are drawn with replacement. Its statistics of
+observations change after the updates (the first time before them) and freeze after 100,000 to
+300,000 steps; ours change before the updates, so that the policy acts as it learned to, and never
+freeze. Normalised observations are clipped to [-10, 10] here.
+
+With --data nothing acts: the rollouts in the buffer of another run's checkpoint come into D one by
+one, as if they were acted now, and their steps are counted as they come. The last ends the run.
+
+Logged: losses are means over all updates of an iteration, value_loss in terms of (1 - γ) V_φ;
+effective_sample_size is that of all weights in D, last_entropy that of the policy after its last
+update, over all of D.
 
 Paper: Peng et al. 2019, Advantage-Weighted Regression, arXiv 1910.00177.
 """
 
+# /// script
+# requires-python = ">=3.11"
+# dependencies = [
+#     "gymnasium[classic-control,box2d,mujoco]==1.4.0",
+#     "moviepy==2.2.1",
+#     "mujoco==3.8.1",
+#     "numpy==2.4.6",
+#     "tensorboard==2.21.0",
+#     "torch==2.13.0",
+#     "tqdm==4.70.1",
+#     "tyro==1.0.17",
+# ]
+# ///
+
+import dataclasses
+import functools
+import json
 import math
 import os
+import random
 import signal
 import sys
 import time
 from collections import deque
-from dataclasses import dataclass
-from itertools import islice
-from typing import Literal, NoReturn
+from contextlib import AbstractContextManager, ExitStack, closing
+from pathlib import Path
+from typing import Literal, get_args
 
 import gymnasium as gym
 import numpy as np
 import torch
-import torch.distributed as dist
 import tyro
-from torch import Tensor, nn
-from torch.nn.utils import parameters_to_vector, vector_to_parameters
-from torch.optim.adam import adam
+from torch import Tensor, distributed as dist, nn
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 SCRIPT = "awr"
-ACTION_SPACES = (gym.spaces.Discrete, gym.spaces.Box)
-LIMITS = {"gamma": (0, 0.99999), "gae_lambda": (0, 1), "alpha": (1e-6, 1e18)}
+ACTION_SPACES = gym.spaces.Discrete, gym.spaces.Box
+# Least and most of options; of the others the least is 0, of sizes 1.
+LIMITS = {"gamma": (0, 0.99999), "gae_lambda": (0, 1), "alpha": (1e-6, 1e9), "init_std": (1e-6, 9)}
 
 
-@dataclass
+@dataclasses.dataclass
 class Args:
-    total_timesteps: int = 80_000  # environment steps; with --data, N T are counted an iteration
+    total_timesteps: int = 80_000  # environment steps; with --data at most those that it holds
     num_envs: int = 16  # N, environments
     num_steps: int = 128  # T, steps of each environment between updates
-    buffer_size: int = 50_000  # transitions kept, in whole rollouts of N T
-    data: str = ""  # a checkpoint whose buffer is learned from, without acting
+    buffer_size: int = 50_000  # steps kept, in whole rollouts of N T
+    data: str = ""  # checkpoint to learn from without acting, of the same N and T
     critic_steps: int = 200  # steps on φ in an iteration
     actor_steps: int = 1_000  # steps on θ in an iteration
-    batch_size: int = 256  # transitions in a step
+    batch_size: int = 256  # environment steps in a minibatch
     alpha: float = 1.0  # α, the temperature, in deviations of A^μ, or in its units if that is raw
     norm_advantages: bool = True  # standardise A^μ over the buffer; raw it wants another --alpha
     max_weight: float = 20.0  # w_max, where weights are clipped
     gamma: float = 0.99  # γ, the discount
-    gae_lambda: float = 0.95  # λ: 0 is the one-step return, 1 the Monte Carlo one
-    optimizer: Literal["adam", "sgd"] = "adam"  # sgd is with momentum 0.9, other step sizes then
-    actor_learning_rate: float = 3e-4  # step size on θ; published for sgd: 5e-4 to 2.5e-5
-    critic_learning_rate: float = 1e-3  # step size on φ; published for sgd: 1e-2
-    bound_penalty: float = 10.0  # weight of the squared excess of mean actions over their bounds
-    logit_penalty: float = 1e-3  # weight of the squared logits
-    norm_obs: bool = True  # normalise observations by their running mean and variance
-    norm_steps: int = 100_000  # observations after which these stay as they are
-    init_std: float = 0.4  # σ of the Gaussian policy, always, 1 being half the action's range
+    gae_lambda: float = 0.95  # λ of the returns: 0 is the one-step one, 1 the Monte Carlo one
+    actor_learning_rate: float = 3e-4  # Adam's step size on θ
+    critic_learning_rate: float = 1e-3  # Adam's step size on φ
+    norm_obs: bool = True  # normalise observations by their running mean and deviation
+    init_std: float = 0.4  # σ of the Gaussian policy, always; 1 is half a bounded action's range
     hidden: int = 64  # units in each of the two hidden layers
 
     env_id: str = "CartPole-v1"  # gymnasium id; module:Name-v0 imports module first
+    env_kwargs: str = "{}"  # arguments of the environment, as a JSON object
     seed: int = 1  # same seed, same machine: same weights, bit for bit
-    device: Literal["cpu", "cuda"] = "cpu"  # where networks and rollouts are kept
-    run_dir: str = ""  # default: runs/<env-id>__<script>__<seed>__<time>
-    eval_episodes: int = 20  # episodes in each evaluation, greedy or mean action
-    eval_every: int = 0  # also evaluate every so many steps; 0: only at the end
-    capture_video: bool = False  # record the evaluation episodes to <run-dir>/videos
-    checkpoint_every: int = 50_000  # steps between checkpoints; 0: only at the end
-    resume: str = ""  # checkpoint to continue from, its options being the defaults
+    device: Literal["cpu", "cuda"] = "cpu"  # where the networks compute; not kept by --resume
+    run_dir: str = ""  # where to write; default runs/<env-id>__<script>__<seed>__<time>
+    eval_episodes: int = 20  # greedy episodes of an evaluation, each cut after 100,000 steps
+    eval_every: int = 0  # steps between evaluations; 0: only at the end
+    capture_video: bool = False  # record the episodes of evaluations to <run-dir>/videos
+    checkpoint_every: int = 60  # seconds between checkpoints; 0: only when the run ends
+    resume: str = ""  # checkpoint to go on from; options left out are the checkpoint's
 
-
-# Networks -----------------------------------------------------------------------------------------
-
-
-class RunningNorm(nn.Module):
-    """Normalise by the running mean and variance of what update was given; clip to [-10, 10]."""
-
-    def __init__(self, *shape: int):
-        super().__init__()
-        self.count = nn.Buffer(torch.zeros((), dtype=torch.float64))
-        self.mean, self.var = nn.Buffer(torch.zeros(shape)), nn.Buffer(torch.ones(shape))
-
-    @torch.no_grad()
-    def update(self, x: Tensor) -> None:
-        """Fold in x, (B, *shape): its sums around the present mean, averaged over processes."""
-        deviation = x.double() - self.mean
-        n, first, second = self.count.new_tensor(len(x)), deviation.sum(0), deviation.pow(2).sum(0)
-        n, first, second = all_mean(n), all_mean(first), all_mean(second)
-        total, shift = self.count + n, first / (self.count + n)
-        self.var.copy_(((self.count * self.var + second) / total - shift**2).clamp(min=0))
-        self.mean += shift
-        self.count += n
-
-    def forward(self, x: Tensor) -> Tensor:
-        return ((x - self.mean) / (self.var + 1e-8).sqrt()).clamp(-10, 10)
-
-    def in_numpy(self):
-        """forward, with the present statistics, as a function of arrays."""
-        mean, std = self.mean.cpu().numpy(), (self.var + 1e-8).sqrt().cpu().numpy()
-        return lambda x: ((x - mean) / std).clip(-10, 10)
-
-
-class MLP(nn.Module):
-    """norm, two tanh layers, a linear one; orthogonal weights, those of the last times gain."""
-
-    def __init__(self, norm: nn.Module | None, inputs: int, hidden: int, outputs: int, gain: float):
-        super().__init__()
-        layers = nn.Linear(inputs, hidden), nn.Linear(hidden, hidden), nn.Linear(hidden, outputs)
-        self.norm, self.layers = norm, nn.ModuleList(layers)
-        for layer, scale in zip(layers, (math.sqrt(2), math.sqrt(2), gain), strict=True):
-            nn.init.orthogonal_(layer.weight, scale)
-            nn.init.zeros_(layer.bias)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(..., inputs) to (..., outputs)."""
-        first, second, last = self.layers
-        return last(second(first(self.norm(x) if self.norm else x).tanh()).tanh())
-
-    def in_numpy(self):
-        """forward, with the present weights, of arrays: for few rows a quarter of torch's time."""
-        norm = self.norm.in_numpy() if self.norm else np.asarray
-        arrays = (x.detach().cpu().numpy().T for x in self.layers.parameters())
-        w_1, b_1, w_2, b_2, w_3, b_3 = arrays
-        return lambda x: np.tanh(np.tanh(norm(x) @ w_1 + b_1) @ w_2 + b_2) @ w_3 + b_3
-
-
-class SoftmaxPolicy(MLP):
-    """π_θ(a|s) = softmax of h_θ(s, ·), over a Discrete space."""
-
-    def __init__(self, norm, obs_dim: int, space: gym.spaces.Discrete, hidden: int):
-        super().__init__(norm, obs_dim, hidden, int(space.n), gain=0.01)
-        self.space = space
-
-    def actor(self):
-        """a = argmax_b h_θ(s, b) + noise, which is a ~ π_θ(·|s); without noise greedy. (...)."""
-        logits = self.in_numpy()
-        return lambda obs, noise=0.0: (logits(obs) + noise).argmax(-1)
-
-    def noise(self, *shape: int) -> np.ndarray:
-        """Gumbel noise, (*shape, A)."""
-        return -torch.empty(*shape, int(self.space.n)).exponential_().log().numpy()
-
-    def log_prob(self, logits: Tensor, action: Tensor) -> Tensor:
-        """log π_θ(a|s), (...)."""
-        return softmax_log_prob(logits, action)
-
-    def entropy(self, logits: Tensor) -> Tensor:
-        """H(π_θ(·|s)), (...)."""
-        return softmax_entropy(logits)
-
-    def to_env(self, action: np.ndarray) -> np.ndarray:
-        """What the environments take for action, (N,)."""
-        return action + self.space.start
-
-
-class GaussianPolicy(MLP):
-    """π_θ(a|s) = N(a | m_θ(s), diag σ²) over a Box, its bounded dimensions scaled to [-1, 1].
-
-    m_θ is the document's μ_θ, whose letter is the behaviour policy's here.
-    """
-
-    def __init__(self, norm, obs_dim: int, space: gym.spaces.Box, hidden: int, std: float):
-        bounded = np.maximum(np.abs(space.low), np.abs(space.high)) < 1e9
-        low, high = np.where(bounded, space.low, -1), np.where(bounded, space.high, 1)
-        super().__init__(norm, obs_dim, hidden, low.size, gain=0.01)
-        self.space, self.scale, self.shift = space, (high - low) / 2, (high + low) / 2
-        self.log_std = nn.Parameter(torch.full((low.size,), std).log())
-
-    def actor(self):
-        """a = m_θ(s) + σ noise, not clipped to the bounds; without noise the mean. (..., d)."""
-        mean, std = self.in_numpy(), self.log_std.detach().exp().cpu().numpy()
-        return lambda obs, noise=0.0: mean(obs) + std * noise
-
-    def noise(self, *shape: int) -> np.ndarray:
-        """Normal noise, (*shape, d)."""
-        return torch.randn(*shape, len(self.log_std)).numpy()
-
-    def log_prob(self, mean: Tensor, action: Tensor) -> Tensor:
-        """log π_θ(a|s), (...)."""
-        return gaussian_log_prob(mean, self.log_std, action)
-
-    def entropy(self, mean: Tensor) -> Tensor:
-        """H(π_θ(·|s)), the same for all s, ()."""
-        return gaussian_entropy(self.log_std)
-
-    def to_env(self, action: np.ndarray) -> np.ndarray:
-        """What the environments take for action: in their units, within bounds, (N, *shape)."""
-        action = action.reshape(-1, *self.space.shape) * self.scale + self.shift
-        return action.clip(self.space.low, self.space.high).astype(self.space.dtype)
-
-
-def make_policy(envs: gym.vector.VectorEnv, args: Args) -> nn.Module:
-    """The policy for the spaces of envs."""
-    obs_dim, space = envs.single_observation_space.shape[0], envs.single_action_space
-    norm = RunningNorm(obs_dim) if args.norm_obs else None
-    if isinstance(space, gym.spaces.Discrete):
-        return SoftmaxPolicy(norm, obs_dim, space, args.hidden)
-    return GaussianPolicy(norm, obs_dim, space, args.hidden, args.init_std)
-
-
-def as_vector(net: nn.Module) -> Tensor:
-    """The parameters of net as one vector, of which they become views."""
-    parameters = list(net.parameters())
-    theta = parameters_to_vector(parameters).detach()
-    vector_to_parameters(theta, parameters)
-    return theta
-
-
-class Adam(nn.Module):
-    """torch's Adam on one vector θ, changed in place, with its state in buffers.
-
-    torch.optim.Adam is the same, but takes a second to import and three times as long a step.
-    """
-
-    def __init__(self, theta: Tensor):
-        super().__init__()
-        self.theta, self.steps = theta, nn.Buffer(torch.zeros((), device=theta.device))
-        self.m, self.v = nn.Buffer(torch.zeros_like(theta)), nn.Buffer(torch.zeros_like(theta))
-
-    def step(self, gradient: Tensor, learning_rate: float) -> None:
-        state = [self.m], [self.v], [], [self.steps]
-        options = {"lr": learning_rate, "beta1": 0.9, "beta2": 0.999, "eps": 1e-5}
-        options |= {"amsgrad": False, "maximize": False, "weight_decay": 0.0}
-        adam([self.theta], [gradient], *state, fused=not torch.compiler.is_compiling(), **options)
-
-
-class Momentum(nn.Module):
-    """Gradient descent with momentum 0.9 on one vector θ, changed in place."""
-
-    def __init__(self, theta: Tensor):
-        super().__init__()
-        self.theta, self.velocity = theta, nn.Buffer(torch.zeros_like(theta))
-
-    def step(self, gradient: Tensor, learning_rate: float) -> None:
-        self.velocity.mul_(0.9).add_(gradient)
-        self.theta.sub_(self.velocity, alpha=learning_rate)
-
-
-# Buffer -------------------------------------------------------------------------------------------
-
-
-class TrajectoryBuffer:
-    """The last K rollouts of T steps in N environments, of each quantity (T or T+1, K, N, ...).
-
-    obs[t + 1] is the true successor of obs[t], also where an episode ended. The step after an end
-    is the reset step: its action was ignored, its reward is 0, and valid is False there.
-    """
-
-    def __init__(self, T: int, K: int, N: int, obs: np.ndarray, action: np.ndarray):
-        like = obs, action, np.float32(0), np.False_, np.False_, np.False_
-        lengths = T + 1, T, T, T, T, T + 1
-        needed = K * N * sum(t * x.nbytes for t, x in zip(lengths, like, strict=True)) / 2**30
-        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
-        if needed > 0.8 * memory:
-            stop(f"--buffer-size needs {needed:.1f} GiB of the {memory:.1f} there are")
-        shapes = ((t, K, N, *x.shape) for t, x in zip(lengths, like, strict=True))
-        self.data = [np.zeros(s, x.dtype) for s, x in zip(shapes, like, strict=True)]
-        self.added, self.size = 0, K
-
-    def next(self) -> list[np.ndarray]:
-        """Where to write the next rollout, over the oldest one when full: (T or T+1, N, ...)."""
-        self.added += 1
-        return [x[:, (self.added - 1) % self.size] for x in self.data]
-
-    def filled(self) -> list[np.ndarray]:
-        """The rollouts so far: obs, actions, rewards, terminated, truncated, valid."""
-        return [x[:, : self.added] for x in self.data]
-
-    def state_dict(self) -> dict:
-        """What a checkpoint holds: the rollouts so far."""
-        return {"added": self.added, "data": [torch.from_numpy(x).clone() for x in self.filled()]}
-
-    def load_state_dict(self, state: dict) -> None:
-        """Take the rollouts of a checkpoint; ValueError where they do not fit."""
-        self.added = state["added"]
-        for x, saved in zip(self.filled(), state["data"], strict=True):
-            if x.shape != saved.shape:
-                raise ValueError(f"its buffer is of {tuple(saved.shape)}, not of {x.shape}")
-            x[:] = saved
-
-
-def minibatches(batch: list[Tensor], size: int, steps: int):
-    """steps minibatches of size rows: pass after pass over batch, each in a new order."""
-    in_pass = max(len(batch[0]) // size, 1)
-    while steps > 0:
-        order = torch.randperm(len(batch[0]), device=batch[0].device)[: in_pass * size]
-        yield from islice(zip(*(x[order].split(size) for x in batch)), steps)
-        steps -= in_pass
+    def __post_init__(self):
+        """Refuse an option of another type, choice or range; numpy's numbers become plain ones."""
+        for name, value in vars(self).items():
+            kind = Args.__annotations__[name]
+            kinds = get_args(kind) or [kind]  # choices, or types
+            value = value.item() if isinstance(value, np.generic) else value
+            value = float(value) if float in kinds and type(value) is int else value
+            setattr(self, name, value)
+            positive = int in kinds and name not in ("seed", "eval_every", "checkpoint_every")
+            low, high = LIMITS.get(name, (int(positive), 1e18))
+            fits = value in kinds or type(value) in kinds
+            if not fits or type(value) in (int, float) and not low <= value <= high:
+                raise Refusal(
+                    f"--{name.replace('_', '-')} {value} is not one of {kinds} from {low} to {high}"
+                )
+        if self.device == "cuda" and not torch.cuda.is_available():
+            raise Refusal("--device cuda: no GPU is available")
+        if dist.is_torchelastic_launched():
+            raise Refusal(f"{SCRIPT}.py does not run under torchrun")
 
 
 # Equations ----------------------------------------------------------------------------------------
@@ -347,22 +184,6 @@ def gaussian_entropy(log_std):
     return (log_std + 0.5 * math.log(2 * math.pi * math.e)).sum()
 
 
-def running_sums(x, keep, start):
-    """y_t = x_t + keep_t y_{t-1}
-
-    With rewards for x and γ for keep, but 0 on reset steps, the discounted return so far, which
-    looks back where that of [Rewards and Returns] looks ahead; γ = 1 ends as the episode's return.
-    x, keep: (T, ...); start, y before them: (...). Returns (T, ...), in units of x.
-    """
-    sums, keep, span = x.clone(), keep.clone(), 1
-    sums[0] += keep[0] * start
-    while span < len(sums):  # y_t holds what the last span steps add to it, and span doubles
-        sums[span:] = torch.addcmul(sums[span:], keep[span:], sums[:-span])
-        keep[span:] = keep[span:] * keep[:-span]
-        span *= 2
-    return sums
-
-
 def gae(rewards, values, terminated, truncated, gamma, gae_lambda):
     """A_t = δ_t + γλ (1 - ended_t) A_{t+1},   δ_t = r_t + γ (1 - terminated_t) V(s_{t+1}) - V(s_t)
 
@@ -373,12 +194,16 @@ def gae(rewards, values, terminated, truncated, gamma, gae_lambda):
     """
     deltas = rewards + gamma * ~terminated * values[1:] - values[:-1]
     traces = gamma * gae_lambda * ~(terminated | truncated)
-    return running_sums(deltas.flip(0), traces.flip(0), torch.zeros_like(deltas[0])).flip(0)
+    advantages = [0]  # A_T, A_{T-1}, ..., A_0
+    for delta, trace in zip(deltas.flip(0), traces.flip(0)):
+        advantages.append(delta + trace * advantages[-1])
+    return torch.stack(advantages[:0:-1])
 
 
 def value_loss(values, returns):
     r"""E[(V_φ(s_t) - G_t)²]   [How do we learn the state-dependent baseline $V^\pi(s)$?, eq. 4]
 
+    The document's G_t is a Monte Carlo return; ours, A_t + V_φ(s_t), may end in a value.
     values V_φ, returns G: (B,). Returns (), to be minimised, in squared units of reward.
     """
     return nn.functional.mse_loss(values, returns)
@@ -403,12 +228,12 @@ def weighted_log_likelihood(weights, logp):
 
 
 def excess_penalty(output, limit):
-    """E[‖x - clip(x, -b, b)‖²], beyond the document, of what [The Practical AWR Algorithm] fits
+    """½ E[Σ_j max(|x_j| - b_j, 0)²], what [The Practical AWR Algorithm] is to stay within
 
-    output x, mean actions or logits: (B, d); limit b ≥ 0: (d,), 0 for logits. Returns (), to be
-    minimised.
+    Beyond the document. output x, mean actions or logits: (B, d); limit b ≥ 0: (d,). Returns (), to
+    be minimised.
     """
-    return (output - output.clamp(-limit, limit)).pow(2).sum(-1).mean()
+    return 0.5 * (output.abs() - limit).clamp(min=0).pow(2).sum(-1).mean()
 
 
 def effective_sample_size(weights):
@@ -420,281 +245,486 @@ def effective_sample_size(weights):
     return weights.sum() ** 2 / (len(weights) * weights.pow(2).sum())
 
 
+# Networks -----------------------------------------------------------------------------------------
+
+
+class RunningNorm(nn.Module):
+    """(x - mean) / deviation, those of all rows that include was given; clipped to [-10, 10]."""
+
+    def __init__(self, *shape):
+        super().__init__()
+        self.mean = nn.Buffer(torch.zeros(shape))
+        self.var = nn.Buffer(torch.ones(shape))
+        self.count = nn.Buffer(torch.zeros((), dtype=torch.float64))
+
+    @torch.no_grad()
+    def include(self, x):
+        """Add the rows of x, (B, *shape)."""
+        x = x.double() - self.mean
+        n, first, second = x.new_tensor(len(x)), x.sum(0), x.pow(2).sum(0)
+        total = self.count + n
+        shift = first / total
+        self.var.copy_(((self.count * self.var + second) / total - shift**2).clamp(min=0))
+        self.mean += shift
+        self.count.copy_(total)
+
+    def forward(self, x):
+        """(..., *shape) to the same."""
+        return ((x - self.mean) / (self.var + 1e-8).sqrt()).clamp(-10, 10)
+
+
+def mlp(env, args, outputs, gain):
+    """Two tanh layers and a linear one; orthogonal weights, those of the last times gain."""
+    obs_dim, hidden = env.observation_space.shape[0], args.hidden
+    layers = nn.Linear(obs_dim, hidden), nn.Linear(hidden, hidden), nn.Linear(hidden, outputs)
+    for layer in layers:
+        nn.init.orthogonal_(layer.weight, math.sqrt(2))
+        nn.init.zeros_(layer.bias)
+    nn.init.orthogonal_(layers[2].weight, gain)
+    return layers[0], nn.Tanh(), layers[1], nn.Tanh(), layers[2]
+
+
+def in_numpy(net):
+    """net as a function of arrays, which for few rows takes a fraction of torch's time.
+
+    It goes layer by layer. A layer it does not know, or a net with its own forward, runs in torch.
+    On the CPU it follows the weights as they change; of a GPU's it holds a copy.
+    """
+    if type(net) is nn.Tanh:
+        return np.tanh
+    if type(net) is nn.ReLU:
+        return lambda x: np.maximum(x, 0)
+    if type(net) is nn.Linear and net.bias is not None:
+        weight, bias = net.weight.detach().cpu().numpy().T, net.bias.detach().cpu().numpy()
+        return lambda x: x @ weight + bias
+    if type(net).forward is nn.Sequential.forward:
+        layers = [in_numpy(layer) for layer in net]
+        return lambda x: functools.reduce(lambda y, layer: layer(y), layers, x)
+    example = next(iter(net.state_dict().values()), torch.empty(0))
+    return lambda x: net(torch.as_tensor(x).to(example)).detach().cpu().numpy()
+
+
+def box_actions(space):
+    """A function from actions (n, d) in [-1, 1] to those of the Box space, (n, *shape).
+
+    Dimensions without bounds are left as they are; of integers every level gets an equal part.
+    """
+    low, high = space.low.astype(np.float64), space.high.astype(np.float64)
+    bounded = (low > -1e9) & (high < 1e9)
+    least, most = np.where(bounded, low, -1), np.where(bounded, high, 1)
+    whole = space.dtype.kind in "iub"
+    scale, shift = (most - least + whole * bounded) / 2, (most + least) / 2
+
+    def to_env(action):
+        check_finite("an action of the policy", action)
+        action = action.reshape(-1, *space.shape) * scale + shift
+        return (action.round() if whole else action).clip(low, high).astype(space.dtype)
+
+    return to_env
+
+
+class SoftmaxPolicy(nn.Sequential):
+    """π_θ(a|s) = softmax of h_θ(s, ·) over a Discrete space: obs (..., obs_dim) to h_θ (..., A)."""
+
+    log_prob = staticmethod(softmax_log_prob)
+    entropy = staticmethod(softmax_entropy)
+
+    def __init__(self, env, args, *norm):
+        super().__init__(*norm, *mlp(env, args, env.action_space.n, gain=0.01))
+        self.start = env.action_space.start
+
+    def sample(self, logits, rng):
+        """a ~ π_θ(·|s), as argmax_a h_θ(s, a) + Gumbel noise, (...)."""
+        return (logits + rng.gumbel(size=logits.shape)).argmax(-1)
+
+    def to_env(self, action):
+        """What the environment takes for action, (...)."""
+        return action + self.start
+
+    def act(self, obs):
+        """Greedy actions at obs, (n, obs_dim), as the environment takes them, (n,)."""
+        logits = self(torch.as_tensor(obs).to(self[-1].weight))
+        return self.to_env(logits.argmax(-1).cpu().numpy())
+
+
+class GaussianPolicy(nn.Sequential):
+    """π_θ(a|s) = N(a | m_θ(s), diag σ²) over a Box: obs (..., obs_dim) to m_θ (..., d).
+
+    m_θ is the document's μ_θ, whose letter is the behaviour policy's here.
+    """
+
+    def __init__(self, env, args, *norm):
+        d = env.action_space.low.size
+        super().__init__(*norm, *mlp(env, args, d, gain=0.01))
+        self.log_std = nn.Parameter(torch.full((d,), args.init_std).log())
+        self.to_env = box_actions(env.action_space)
+
+    def sample(self, mean, rng):
+        """a ~ π_θ(·|s), not clipped to the bounds, (..., d)."""
+        std = self.log_std.detach().exp().cpu().numpy()
+        return mean + std * rng.standard_normal(mean.shape, np.float32)
+
+    def log_prob(self, mean, action):
+        """log π_θ(a|s), (...)."""
+        return gaussian_log_prob(mean, self.log_std, action)
+
+    def entropy(self, mean):
+        """H(π_θ(·|s)), the same for all s, ()."""
+        return gaussian_entropy(self.log_std)
+
+    def act(self, obs):
+        """Mean actions at obs, (n, obs_dim), as the environment takes them, (n, *shape)."""
+        mean = self(torch.as_tensor(obs).to(self.log_std))
+        return self.to_env(mean.detach().cpu().numpy())
+
+
+def make_policy(env, args):
+    """The policy for the spaces of env."""
+    norm = [RunningNorm(*env.observation_space.shape)] if args.norm_obs else []
+    discrete = isinstance(env.action_space, gym.spaces.Discrete)
+    return (SoftmaxPolicy if discrete else GaussianPolicy)(env, args, *norm)
+
+
+def output_limits(env):
+    """b of excess_penalty, (d,): 0 for logits, 1 for actions that box_actions scales, or else ∞."""
+    space = env.action_space
+    if isinstance(space, gym.spaces.Discrete):
+        return torch.zeros(int(space.n))
+    bounded = (space.low > -1e9) & (space.high < 1e9)
+    return torch.from_numpy(np.where(bounded, 1.0, np.inf)).float().flatten()
+
+
+# Buffer -------------------------------------------------------------------------------------------
+
+
+class TrajectoryBuffer:
+    """The last `size` rollouts, lists of arrays (T or T+1, N, ...); the oldest is overwritten."""
+
+    def __init__(self, size, rollout):
+        try:
+            self.data = [np.zeros((size, *x.shape), x.dtype) for x in rollout]
+        except (MemoryError, ValueError) as error:
+            raise Refusal(f"--buffer-size of {size} rollouts: {error}") from error
+        self.added = 0
+
+    def add(self, rollout):
+        """Write one rollout."""
+        for rows, x in zip(self.data, rollout):
+            rows[self.added % len(rows)] = x
+        self.added += 1
+
+    def tensors(self):
+        """The rollouts so far side by side: for each array (T or T+1, K, N, ...)."""
+        return [torch.from_numpy(rows[: self.added]).transpose(0, 1) for rows in self.data]
+
+    def state_dict(self):
+        """What a checkpoint holds: the rollouts so far, not copied."""
+        return {"added": self.added, "data": [torch.from_numpy(x[: self.added]) for x in self.data]}
+
+    def load_state_dict(self, state):
+        """Take the rollouts of a checkpoint; ValueError where they do not fit."""
+        for rows, saved in zip(self.data, state["data"]):
+            if rows.shape[1:] != saved.shape[1:]:
+                raise ValueError(f"rollouts of {saved.shape[1:]}, not of {rows.shape[1:]}")
+            rows[: len(saved)] = saved
+        self.added = state["added"] if len(saved) == len(rows) else len(saved)
+
+
+def draw(batch, size, steps):
+    """`steps` minibatches of `size` rows of batch, some tensors, drawn with replacement."""
+    for rows in torch.randint(len(batch[0]), (steps, size), device=batch[0].device):
+        yield [x.index_select(0, rows) for x in batch]
+
+
 # Training -----------------------------------------------------------------------------------------
 
 
 def train(args: Args) -> np.ndarray:
     """Run the algorithm above; return the episode returns of the final evaluation."""
-    check(args)
-    T, N, device, gamma = args.num_steps, args.num_envs, args.device, args.gamma
-    if N * T > args.buffer_size:
-        stop(f"--buffer-size {args.buffer_size} is less than one rollout, {N * T}")
+    T, N, gamma, device = args.num_steps, args.num_envs, args.gamma, args.device
+    size = args.buffer_size // (N * T)
+    if size == 0:
+        raise Refusal(f"--buffer-size {args.buffer_size}: less than a rollout of {N} x {T} steps")
+    with ExitStack() as stack:
+        # 1. Initialise.
+        torch.manual_seed(args.seed)
+        env = stack.enter_context(make_env(args))
+        envs = stack.enter_context(closing(make_envs(args, N)))
+        policy = make_policy(env, args).to(device)
+        norm = [policy[0]] if args.norm_obs else []  # the same one for both networks
+        critic = nn.Sequential(*norm, *mlp(env, args, 1, gain=0.01)).to(device)  # (1 - γ) V_φ
+        theta = [x for layer in policy for x in layer.parameters()]  # without σ, which stays
+        actor_optimizer = torch.optim.Adam(theta, eps=1e-5, fused=True)
+        critic_optimizer = torch.optim.Adam(critic.parameters(), eps=1e-5, fused=True)
 
-    # 1. Initialise.
-    if args.hidden**2 * args.batch_size < 2**23:
-        torch.set_num_threads(1)  # layers this small lose more to threads than they gain
-    torch.manual_seed(args.seed)
-    envs = make_envs(args.env_id, N)
-    obs_dim, space = envs.single_observation_space.shape[0], envs.single_action_space
-    policy = make_policy(envs, args).to(device)
-    critic = MLP(policy.norm, obs_dim, args.hidden, 1, gain=0.01).to(device)
-    theta, phi = as_vector(policy.layers), as_vector(critic.layers)  # without σ, which is fixed
-    optimizer = {"adam": Adam, "sgd": Momentum}[args.optimizer]
-    actor_optimizer, critic_optimizer = optimizer(theta), optimizer(phi)
-    if isinstance(space, gym.spaces.Box):
-        bounded = torch.from_numpy(space.bounded_below & space.bounded_above).flatten()
-        limit, penalty = torch.where(bounded, 1.0, torch.inf).to(device), args.bound_penalty
-    else:
-        limit, penalty = torch.zeros(int(space.n), device=device), args.logit_penalty
-    last_obs, K = np.zeros((N, obs_dim), np.float32), args.buffer_size // (N * T)
-    if args.data:
-        T, K, N = load_checkpoint(args.data, {})["buffer"]["data"][1].shape[:3]
-    buffer = TrajectoryBuffer(T, K, N, last_obs[0], policy.actor()(last_obs)[0])
-    modules = {"policy": policy, "critic": critic, "buffer": buffer}
-    modules |= {"actor_optimizer": actor_optimizer, "critic_optimizer": critic_optimizer}
+        # obs[t + 1] is the true successor of obs[t], also where an episode ended. The step after an
+        # end is the reset step: its action was ignored, its reward is 0, and real is False there.
+        obs = np.zeros((T + 1, *envs.observation_space.shape), np.float32)  # (T+1, N, obs_dim)
+        # The weight of the penalty is the authors', for logits and for mean actions.
+        actions, penalty = np.zeros((T, N), np.int64), 1e-3
+        if isinstance(env.action_space, gym.spaces.Box):
+            actions, penalty = np.zeros((T, N, env.action_space.low.size), np.float32), 10
+        limits = output_limits(env).to(device)
+        rewards = np.zeros((T, N), np.float32)
+        terminated, truncated = np.zeros((2, T, N), bool)
+        real = np.ones((T + 1, N), bool)
+        rollout = obs, actions, rewards, terminated, truncated, real[:T]
+        buffer = TrajectoryBuffer(size, rollout)
+        if args.data:
+            if load(args.data, {"buffer": buffer})[0].env_id != args.env_id:
+                raise Refusal(f"--data {args.data}: of another environment than {args.env_id}")
+            held = buffer.tensors()[-1].sum().item()  # real steps
+            args = dataclasses.replace(args, total_timesteps=min(args.total_timesteps, held))
+            buffer.added = 0
 
-    def act(obs: np.ndarray) -> np.ndarray:
-        return policy.to_env(policy.actor()(obs))
+        learner = {"policy": policy, "critic": critic, "buffer": buffer}
+        learner |= {"actor_optimizer": actor_optimizer, "critic_optimizer": critic_optimizer}
+        run = stack.enter_context(Run(args, **learner))
+        actor_optimizer.param_groups[0]["lr"] = args.actor_learning_rate
+        critic_optimizer.param_groups[0]["lr"] = args.critic_learning_rate
+        stack.callback(torch.set_num_threads, torch.get_num_threads())
+        if args.hidden**2 * args.batch_size < 2**23:
+            torch.set_num_threads(1)  # layers this small lose more to threads than they gain
+        episode_return, episode_length = np.zeros((2, N))
+        obs[T], _ = envs.reset(seed=random.getrandbits(29))
 
-    run = Run(args, modules, act)
-    if args.data:
-        load_checkpoint(args.data, {"buffer": buffer})
-        new_obs, _, _, _, _, new_valid = buffer.filled()
-    else:
-        last_obs, _ = envs.reset(seed=env_seed(args.seed, run.step, 0))
-        last_valid, so_far = np.ones(N, np.bool_), torch.zeros(1, N, 2)
-    steps = args.num_envs * args.num_steps
+        while run.step < args.total_timesteps:
+            # 2. π_θ acts. Nothing is computed but what the next action needs.
+            if args.data:
+                buffer.added += 1  # the rollout is there already
+            else:
+                obs[0], real[0] = obs[T], real[T]
+                mu = in_numpy(policy)
+                for t in range(T):
+                    actions[t] = policy.sample(mu(obs[t]), run.rng)
+                    outcome = envs.step(policy.to_env(actions[t]))
+                    obs[t + 1], rewards[t], terminated[t], truncated[t], _ = outcome
+                    real[t + 1] = ~(terminated[t] | truncated[t])
+                    episode_return += rewards[t]
+                    episode_length += real[t]
+                    for n in np.flatnonzero(~real[t + 1]):
+                        run.episodes.append((episode_return[n], episode_length[n]))
+                        episode_return[n] = episode_length[n] = 0
+                check_finite("an observation or a reward", (obs, rewards))
+                buffer.add(rollout)
 
-    while run.step < args.total_timesteps and not run.interrupted:
-        if not args.data:
-            # 2. Act. Nothing is computed but what the next action needs.
-            rollout = buffer.next()
-            new_obs, new_actions, new_rewards, new_terminated, new_truncated, new_valid = rollout
-            new_obs[0], new_valid[0] = last_obs, last_valid
-            pi, noise = policy.actor(), policy.noise(T, N)
-            for t in range(T):
-                new_actions[t] = pi(new_obs[t], noise[t])
-                outcome = envs.step(policy.to_env(new_actions[t]))
-                new_obs[t + 1], new_rewards[t], new_terminated[t], new_truncated[t], _ = outcome
-            new_valid[1:] = ~(new_terminated | new_truncated)
-            last_obs, last_valid, steps = new_obs[T], new_valid[T], int(new_valid[:T].sum())
-            keep = torch.from_numpy(new_valid[:T]).float()
-            gained = torch.stack([torch.from_numpy(new_rewards), keep], -1)
-            so_far = running_sums(gained, keep.unsqueeze(-1), so_far[-1])
-            run.episodes.extend(so_far[~new_valid[1:]].tolist())  # (return, length) of the ended
+            # 3. Statistics of the observations.
+            s, a, r, *ends, real_steps = (x.to(device) for x in buffer.tensors())
+            newest = (buffer.added - 1) % size
+            new_obs = s[:T, newest][real_steps[:, newest]]  # (steps, obs_dim)
+            run.step += len(new_obs)
+            if args.norm_obs:
+                policy[0].include(new_obs)
 
-        # 3. Statistics of the observations.
-        if args.norm_obs and policy.norm.count < args.norm_steps:
-            policy.norm.update(torch.from_numpy(new_obs[:T][new_valid[:T]]).to(device))
+            # 4. TD(λ) returns.
+            with torch.no_grad():
+                values = critic(s).squeeze(-1) / (1 - gamma)  # (T+1, K, N)
+                returns = gae(r, values, *ends, gamma, args.gae_lambda) + values[:T]
+            b_obs, b_actions, b_returns = s[:T][real_steps], a[real_steps], returns[real_steps]
 
-        # 4. TD(λ) returns.
-        data = (torch.from_numpy(x).to(device) for x in buffer.filled())
-        obs, actions, rewards, terminated, truncated, valid = data
-        ends, real = (terminated, truncated), valid[:T]
-        with torch.no_grad():
-            values = critic(obs).squeeze(-1) / (1 - gamma)
-            advantages = gae(rewards, values, *ends, gamma, args.gae_lambda)
-        b_obs, b_actions, b_returns = obs[:T][real], actions[real], (advantages + values[:T])[real]
+            # 5. Critic.
+            v_losses, losses = [], []
+            batch = b_obs, (1 - gamma) * b_returns
+            for mb_obs, mb_returns in draw(batch, args.batch_size, args.critic_steps):
+                v_loss = value_loss(critic(mb_obs).squeeze(-1), mb_returns)
+                critic.zero_grad()
+                v_loss.backward()
+                critic_optimizer.step()
+                v_losses.append(v_loss.detach())
 
-        # 5. Critic.
-        losses = []
-        batch = b_obs, (1 - gamma) * b_returns
-        for mb_obs, return_ in minibatches(batch, args.batch_size, args.critic_steps):
-            loss = value_loss(critic(mb_obs).squeeze(-1), return_)
-            gradient = torch.autograd.grad(loss, [*critic.layers.parameters()])
-            gradient = torch.cat([g.flatten() for g in gradient])
-            critic_optimizer.step(gradient, args.critic_learning_rate)
-            losses.append(loss.detach())
-        scalars = {"value_loss": torch.stack(losses).mean()}
+            # 6. Advantages.
+            with torch.no_grad():
+                values = critic(s).squeeze(-1) / (1 - gamma)
+                b_advantages = gae(r, values, *ends, gamma, args.gae_lambda)[real_steps]
+            if args.norm_advantages:
+                std, mean = torch.std_mean(b_advantages, correction=0)
+                b_advantages = (b_advantages - mean) / (std + 1e-5)
 
-        # 6. Advantages.
-        with torch.no_grad():
-            values = critic(obs).squeeze(-1) / (1 - gamma)
-            b_advantages = gae(rewards, values, *ends, gamma, args.gae_lambda)[real]
-        if args.norm_advantages:
-            std, mean = torch.std_mean(b_advantages, correction=0)
-            b_advantages = (b_advantages - mean) / (std + 1e-5)
+            # 7. Weights.
+            b_weights = advantage_weights(b_advantages, args.alpha, args.max_weight)
 
-        # 7. Weights.
-        b_weights = advantage_weights(b_advantages, args.alpha, args.max_weight)
+            # 8. Actor.
+            batch = b_obs, b_actions, b_weights
+            for mb_obs, mb_actions, mb_weights in draw(batch, args.batch_size, args.actor_steps):
+                output = policy(mb_obs)
+                logp = policy.log_prob(output, mb_actions)
+                objective = weighted_log_likelihood(mb_weights, logp)
+                loss = penalty * excess_penalty(output, limits) - objective
+                for x in theta:  # as zero_grad does, in less time
+                    x.grad = None
+                loss.backward(inputs=theta)
+                actor_optimizer.step()
+                losses.append(loss.detach())
 
-        # 8. Actor.
-        losses, batch = [], (b_obs, b_actions, b_weights)
-        for mb_obs, action, weight in minibatches(batch, args.batch_size, args.actor_steps):
-            output = policy(mb_obs)
-            objective = weighted_log_likelihood(weight, policy.log_prob(output, action))
-            loss = penalty * excess_penalty(output, limit) - objective
-            gradient = torch.autograd.grad(loss, [*policy.layers.parameters()])
-            gradient = torch.cat([g.flatten() for g in gradient])
-            actor_optimizer.step(gradient, args.actor_learning_rate)
-            losses.append(loss.detach())
-        scalars |= {"policy_loss": torch.stack(losses).mean()}
-
-        scalars |= {"effective_sample_size": effective_sample_size(b_weights)}
-        scalars |= {"weight_mean": b_weights.mean(), "weight_median": b_weights.median()}
-        scalars |= {"weight_clipped": (b_weights == args.max_weight).float().mean()}
-        run.update(steps, scalars | {"entropy": policy.entropy(output).mean()})
-    return run.finish()
+            scalars = {"value_loss": torch.stack(v_losses).mean()}
+            scalars["policy_loss"] = torch.stack(losses).mean()
+            scalars["effective_sample_size"] = effective_sample_size(b_weights)
+            scalars["last_entropy"] = policy.entropy(policy(b_obs).detach()).mean()
+            run.log(**scalars)
+        return run.evaluate()
 
 
 # Plumbing -----------------------------------------------------------------------------------------
 
 
-def stop(message: str, status: int = 2) -> NoReturn:
-    """End the program with one line on stderr."""
-    print(f"{SCRIPT}.py: {message.splitlines()[0]}", file=sys.stderr)
-    sys.exit(status)
+class Refusal(Exception):
+    """What the script will not do or go on with, in one line for its user."""
 
 
-def check(args: Args) -> None:
-    """Stop at a number out of range; where LIMITS says nothing, sizes begin at 1, others at 0."""
-    for name, value in vars(args).items():
-        size = type(value) is int and name not in ("seed", "eval_every", "checkpoint_every")
-        low, high = LIMITS.get(name, (int(size), 1e18))
-        if isinstance(value, (int, float)) and not low <= value <= high:
-            stop(f"--{name.replace('_', '-')} {value} is out of range: {low} to {high}")
-    if args.device == "cuda" and not torch.cuda.is_available():
-        stop("--device cuda: no GPU is available")
-
-
-def all_mean(x: Tensor) -> Tensor:
-    """The mean of x over torchrun's processes."""
-    if dist.is_initialized():
-        dist.all_reduce(x)
-        x /= dist.get_world_size()
-    return x
-
-
-def env_seed(seed: int, step: int, rank: int) -> int:
-    """Seed, below 2²⁹, of what rank begins at step: environments and random numbers."""
-    return int(np.random.SeedSequence([seed, step, rank]).generate_state(1)[0]) >> 3
-
-
-def make_envs(env_id: str, n: int, **kwargs) -> gym.vector.VectorEnv:
-    """n copies of env_id, observations flat; the environment's own vector version if it has one."""
-    envs = gym.make_vec(env_id, n, **kwargs)
-    obs_space, action_space = envs.single_observation_space, envs.single_action_space
-    image = obs_space.dtype == np.uint8 and len(obs_space.shape) > 1
-    if image or not obs_space.is_np_flattenable or not isinstance(action_space, ACTION_SPACES):
-        names = " and ".join(space.__name__ for space in ACTION_SPACES)
-        stop(f"{env_id} maps {obs_space} to {action_space}; supported: no images, {names}")
-    flat = isinstance(obs_space, gym.spaces.Box) and len(obs_space.shape) == 1
+def make_envs(args, n):
+    """n copies of the environment as one: gymnasium's own vector version where there is one."""
+    envs = gym.make_vec(args.env_id, n, **json.loads(args.env_kwargs))
+    if (mode := envs.metadata.get("autoreset_mode")) != gym.vector.AutoresetMode.NEXT_STEP:
+        raise Refusal(f"{args.env_id} resets its episodes by {mode}; {SCRIPT}.py needs NEXT_STEP")
+    flat = gym.spaces.flatten_space(envs.single_observation_space) == envs.single_observation_space
     return envs if flat else gym.wrappers.vector.FlattenObservation(envs)
 
 
-def load_checkpoint(path: str, modules: dict) -> dict:
-    """Read what Run.save wrote, and restore modules from it."""
+def check_finite(what, x):
+    """Refuse to go on where a number in x, a nest of numbers and arrays, is not finite."""
+    for part in x.values() if isinstance(x, dict) else x if isinstance(x, (list, tuple)) else ():
+        check_finite(what, part)
+    if isinstance(x, (float, np.ndarray, Tensor)) and not math.isfinite(torch.as_tensor(x).sum()):
+        raise Refusal(f"not finite (nan or inf), so the last checkpoint is kept: {what}")
+
+
+def make_env(args, video=""):
+    """The environment with flat observations; with --capture-video it records to folder video."""
+    mistakes = gym.error.Error, ModuleNotFoundError, TypeError, ValueError
+    render = {"render_mode": "rgb_array"} if args.capture_video else {}
     try:
-        checkpoint = torch.load(path, "cpu", weights_only=True)
+        env = gym.make(args.env_id, **json.loads(args.env_kwargs), **render)
+        if args.capture_video:  # find out now whether it can draw itself
+            env.reset()
+            env.render()
+    except Exception if args.capture_video else mistakes as error:
+        raise Refusal(f"{args.env_id} {args.env_kwargs}: {type(error).__name__} {error}") from error
+    image = (obs_space := env.observation_space).dtype == np.uint8 and len(obs_space.shape) > 1
+    if image or not obs_space.is_np_flattenable or not isinstance(env.action_space, ACTION_SPACES):
+        raise Refusal(f"{SCRIPT}.py cannot learn {args.env_id}, {obs_space} to {env.action_space}")
+    env = gym.wrappers.FlattenObservation(env)
+    return gym.wrappers.RecordVideo(env, video, lambda _: True) if render and video else env
+
+
+def load(path, learner):
+    """The options and steps of the checkpoint at path, whose other parts go into learner."""
+    here = {"run_dir": "", "resume": "", "device": "cpu"}  # of this run and machine, not of that
+    try:
+        checkpoint = torch.load(path, "cpu", weights_only=True, mmap=True)
         if checkpoint["script"] != SCRIPT:
-            raise ValueError(f"it is of {checkpoint['script']}.py")
-        for name, module in modules.items():
-            module.load_state_dict(checkpoint[name])
-        return checkpoint | {"args": Args(**checkpoint["args"])}
+            raise Refusal(f"it is of {checkpoint['script']}.py")
+        for name, part in learner.items():
+            part.load_state_dict(checkpoint[name])
+        return Args(**checkpoint["args"] | here), checkpoint["env_steps"]
     except Exception as error:
-        stop(f"cannot resume from {path}: {type(error).__name__}: {str(error).splitlines()[-1]}")
+        why = error if isinstance(error, (OSError, Refusal)) else "damaged, or of other options"
+        raise Refusal(f"cannot resume from {path}: {why}") from error
 
 
-class Run:
-    """Steps, TensorBoard, progress bar, evaluations and checkpoints; only rank 0 writes."""
+class Run(AbstractContextManager):
+    """A run: its directory, generators, log, evaluations and checkpoints.
 
-    def __init__(self, args: Args, modules: dict, act, rank: int = 0, total=lambda x: x):
-        self.args, self.modules, self.act, self.rank, self.total = args, modules, act, rank, total
-        self.dir = args.run_dir or f"runs/{args.env_id}__{SCRIPT}__{args.seed}__{time.time():.0f}"
-        self.step = 0
-        if args.resume:
-            self.dir = args.run_dir or os.path.dirname(args.resume) or "."
-            self.step = load_checkpoint(args.resume, modules)["env_steps"]
-        torch.manual_seed(env_seed(args.seed, self.step, rank))
-        self.first_step, self.start_time = self.step, time.time()
-        self.episodes = deque(maxlen=100)  # (return, length) of the latest
-        self.writer = SummaryWriter(self.dir, purge_step=self.step + 1) if rank == 0 else None
-        self.bar = tqdm(total=args.total_timesteps, initial=self.step, disable=rank > 0 or None)
-        self.signalled = self.interrupted = False  # in this process; in any, as all have agreed
-        signal.signal(signal.SIGINT, lambda *_: setattr(self, "signalled", True))
+    `episodes`: (return, length) of the latest that ended; `learner`: all that a checkpoint keeps.
+    On an exception, Ctrl-C and SIGTERM too, it saves before it leaves; on a Refusal it does not.
+    """
 
-    def update(self, steps: int, losses: dict[str, Tensor]) -> None:
-        """Add the steps of all processes; log; evaluate and save where it is time to."""
-        counts = self.total(torch.tensor([steps, self.signalled], dtype=torch.float64))
-        last_step, self.step = self.step, self.step + round(counts[0].item())
-        self.interrupted = counts[1].item() > 0
-        scalars = {f"losses/{name}": loss.item() for name, loss in losses.items()}
-        if not all(map(math.isfinite, scalars.values())):
-            stop(f"not finite at step {self.step}, so the last checkpoint is kept: {scalars}", 1)
-        if self.rank > 0:
-            return
-        scalars["charts/SPS"] = (self.step - self.first_step) / (time.time() - self.start_time)
+    def __init__(self, args, rank=0, **learner):
+        self.args, self.rank, self.learner, self.episodes = args, rank, learner, deque(maxlen=100)
+        self.step = load(args.resume, learner)[1] if args.resume else 0
+        self.next_save = 0 if args.checkpoint_every else math.inf  # in seconds since the epoch
+        self.seed()
+        new = f"runs/{args.env_id}__{SCRIPT}__{args.seed}__{time.time():.6f}"
+        self.dir = args.run_dir or os.path.dirname(args.resume) or new
+        path = os.path.abspath(f"{self.dir}/checkpoint.pt")
+        if os.path.exists(path) and path != os.path.abspath(args.resume):
+            raise Refusal(f"--run-dir {self.dir} holds a checkpoint: resume it, or take another")
+        try:
+            self.dir += f"__rank{rank}" if rank > 0 else ""
+            os.makedirs(self.dir, exist_ok=self.dir != new)
+            self.writer = SummaryWriter(self.dir, purge_step=self.step + 1)
+        except OSError as error:
+            raise Refusal(f"--run-dir {self.dir}: {error.strerror}") from error
+        self.writer.add_text("options", "\n".join(f"    {k}: {v}" for k, v in vars(args).items()))
+        self.bar = tqdm(None, self.dir, args.total_timesteps, initial=self.step, disable=False)
+        self.bar.mininterval = 0.1 if sys.stderr.isatty() else 30  # seconds
+
+    def __exit__(self, kind, error, traceback):
+        self.bar.close()
+        self.writer.close()
+        if error and not isinstance(error, Refusal):
+            self.save()
+            print(f"saved: --resume {self.dir}/checkpoint.pt goes on", file=sys.stderr)
+
+    def seed(self):
+        """Key all generators by (seed, step, rank), so that they are the same after a resume."""
+        self.rng = np.random.default_rng([self.args.seed, self.step, self.rank + 1])
+        for set_seed in random.seed, np.random.seed, torch.manual_seed:
+            set_seed(int(self.rng.integers(2**32)))
+
+    def log(self, **losses):
+        """Write to the log; evaluate and save where it is time to; key the generators anew."""
+        scalars = {f"losses/{name}": torch.as_tensor(x).item() for name, x in losses.items()}
+        check_finite(f"{scalars} at step {self.step}", scalars)
+        scalars["charts/SPS"] = (self.step - self.bar.initial) / self.bar.format_dict["elapsed"]
         if self.episodes:
             mean_return, scalars["charts/episodic_length"] = np.mean(self.episodes, 0)
             scalars["charts/episodic_return"] = mean_return
             self.bar.set_postfix_str(f"return {mean_return:.1f}", False)
         for name, value in scalars.items():
             self.writer.add_scalar(name, value, self.step)
-        self.bar.update(self.step - last_step)
-        args = self.args
-        for every, task in (args.eval_every, self.evaluate), (args.checkpoint_every, self.save):
-            if every > 0 and self.step // every > last_step // every:
-                task()
-
-    def save(self) -> None:
-        """Write the checkpoint aside, then put it in the place of the last one."""
-        checkpoint = {name: module.state_dict() for name, module in self.modules.items()}
-        checkpoint |= {"script": SCRIPT, "env_steps": self.step}
-        checkpoint["args"] = vars(self.args) | {"run_dir": "", "resume": ""}
-        self.writer.flush()
-        torch.save(checkpoint, f"{self.dir}/checkpoint.tmp")
-        os.replace(f"{self.dir}/checkpoint.tmp", f"{self.dir}/checkpoint.pt")
-
-    def evaluate(self) -> np.ndarray:
-        """Undiscounted returns of --eval-episodes whole episodes, on seeds training never sees.
-
-        Each environment plays one: of the first to end among many, too many would be short. For a
-        video they are played in turn.
-        """
-        env_id, episodes = self.args.env_id, self.args.eval_episodes
-        if self.args.capture_video:
-            options = {"name_prefix": f"step-{self.step}", "episode_trigger": lambda _: True}
-            envs = make_envs(env_id, 1, render_mode="rgb_array")
-            envs = gym.wrappers.vector.RecordVideo(envs, f"{self.dir}/videos", **options)
-        else:
-            envs = make_envs(env_id, episodes)
-        returns = np.zeros(episodes)
-        for first in range(0, episodes, envs.num_envs):
-            obs, _ = envs.reset(seed=2**30 + env_seed(self.args.seed, 0, 0) + first)
-            running = np.ones(envs.num_envs, np.bool_)
-            for _ in range(100_000):  # there may be no time limit
-                obs, reward, terminated, truncated, _ = envs.step(self.act(obs))
-                returns[first : first + envs.num_envs] += reward * running
-                running &= ~(terminated | truncated)
-                if not running.any():
-                    break
-        envs.close()
-        self.writer.add_scalar("charts/eval_return", returns.mean(), self.step)
-        return returns
-
-    def finish(self) -> np.ndarray:
-        """The last checkpoint, the final evaluation and the line of results."""
-        self.bar.close()
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        if self.rank > 0:
-            return np.zeros(0)
-        if self.step > self.first_step:
+        if self.args.eval_every and self.step % self.args.eval_every < self.step - self.bar.n:
+            self.evaluate()
+        self.bar.update(self.step - self.bar.n)
+        if time.time() > self.next_save or self.step >= self.args.total_timesteps:
             self.save()
-        if self.interrupted:
-            stop(f"stopped at step {self.step}; --resume {self.dir}/checkpoint.pt goes on", 130)
-        returns = self.evaluate()
-        self.writer.close()
-        wall = time.time() - self.start_time
+        self.seed()
+
+    def save(self):
+        """Write the checkpoint aside, then put it in the place of the last one."""
+        began = time.time()
+        checkpoint = {name: part.state_dict() for name, part in self.learner.items()}
+        check_finite("weights or data", checkpoint)
+        checkpoint |= {"script": SCRIPT, "env_steps": self.step, "args": vars(self.args)}
+        try:
+            with open(f"{self.dir}/checkpoint.tmp", "wb") as file:
+                torch.save(checkpoint, file)
+            os.replace(f"{self.dir}/checkpoint.tmp", f"{self.dir}/checkpoint.pt")
+        except (OSError, RuntimeError) as error:
+            Path(f"{self.dir}/checkpoint.tmp").unlink(missing_ok=True)
+            raise Refusal(f"cannot write to {self.dir}: {error.__context__ or error}") from error
+        self.next_save = time.time() + max(self.args.checkpoint_every, 10 * (time.time() - began))
+
+    def evaluate(self):
+        """Returns, not discounted, of episodes on seeds that training never sees, and their line.
+
+        An episode that has not ended after 100,000 steps is cut there.
+        """
+        args, returns = self.args, np.zeros(self.args.eval_episodes)
+        with make_env(args, f"{self.dir}/videos/{self.step}") as env:
+            for episode in range(args.eval_episodes):
+                obs, _ = env.reset(seed=2**30 + (1000 * args.seed + episode) % 2**30)
+                for _ in range(100_000):
+                    obs, reward, *ends, _ = env.step(self.learner["policy"].act(obs[None])[0])
+                    returns[episode] += reward
+                    if any(ends):
+                        break
+        self.writer.add_scalar("charts/eval_return", returns.mean(), self.step)
+        took = self.bar.format_dict["elapsed"]
         print(f"eval_return_mean={returns.mean():.2f} eval_return_std={returns.std():.2f}", end=" ")
-        print(f"eval_episodes={len(returns)} env_steps={self.step} wall_seconds={wall:.1f}")
+        print(f"eval_episodes={len(returns)} env_steps={self.step} wall_seconds={took:.1f}")
         return returns
 
 
 if __name__ == "__main__":
-    args = tyro.cli(Args)
-    if args.resume:  # what the command line leaves out is as in the checkpoint
-        args = tyro.cli(Args, default=load_checkpoint(args.resume, {})["args"])
+    for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(n) != signal.SIG_IGN:  # nohup ignores SIGHUP
+            # The run saves on its way out; a second signal of the kind ends it at once.
+            signal.signal(n, lambda n, _: (signal.signal(n, signal.SIG_DFL), sys.exit(128 + n)))
     try:
+        args = tyro.cli(Args, description=__doc__.splitlines()[0])
+        if args.resume:  # what the command line leaves out is as in the checkpoint
+            args = tyro.cli(Args, default=load(args.resume, {})[0])
         train(args)
-    except (gym.error.Error, ImportError, OSError) as error:
-        stop(f"{type(error).__name__}: {error}")
+    except Refusal as error:
+        print(f"{SCRIPT}.py: {str(error).splitlines()[0]}", file=sys.stderr)
+        sys.exit(2)

@@ -15,7 +15,7 @@ Derivations: "Black-Box Policy Optimization",
 
 Notation: θ_i -> theta -> (n, d), d parameters a policy;  F -> fitness -> (n,);  μ -> mu -> (d,);
 σ -> sigma -> ();  C, C^½ -> C, root -> (d, d);  w_i -> weights -> (k,) or (n,);  p_σ, p_c ->
-p_sigma, p_c -> (d,);  ε_i, y_i = C^½ ε_i -> epsilon, steps -> (n, d).
+p_sigma, p_c -> (d,);  ε_i, y_i = C^½ ε_i -> epsilon, y -> (n, d).
 
 The document's update, and the complete one of Hansen's tutorial with its equation numbers:
 
@@ -30,103 +30,105 @@ On a slope the elites lie side by side: around the new mean their spread is narr
 progress, so the document's search shrinks there, while y_i, p_c and σ make Hansen's grow.
 Of Hansen's update only the ranks of the fitness matter, and neither rotations of θ nor its scale.
 
-All candidates act at once, in one batched product. The return of an episode is undiscounted and, as
-there is no value function, that of a truncated one is used as it is. The document leaves w_i open:
-they are Hansen's here; its ε is η. The policy that is evaluated is that of the mean μ.
+All candidates act at once, in one batched product. The return of an episode is undiscounted. There
+is no value function, so the return of a truncated episode is used as it is.
+Environments that gymnasium steps all at once (CartPole) play on until the last candidate's episode
+has ended: those steps are counted, but they are no part of any fitness.
+
+Beyond the document: w_i, which it leaves open, are Hansen's; its ε is called η, as in cem.py. The
+policy that is evaluated is that of the mean μ.
+
+Logged: fitness and best_fitness are of the latest generation, sigma is the mean deviation of θ.
 
 Paper: Hansen 2016, The CMA Evolution Strategy: A Tutorial, arXiv 1604.00772.
 """
 
-import bisect
+# /// script
+# requires-python = ">=3.11"
+# dependencies = [
+#     "gymnasium[classic-control,box2d,mujoco]==1.4.0",
+#     "moviepy==2.2.1",
+#     "mujoco==3.8.1",
+#     "numpy==2.4.6",
+#     "tensorboard==2.21.0",
+#     "torch==2.13.0",
+#     "tqdm==4.70.1",
+#     "tyro==1.0.17",
+# ]
+# ///
+
+import dataclasses
+import json
 import math
 import os
+import random
 import signal
 import sys
 import time
 from collections import deque
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, ExitStack, closing
 from itertools import pairwise
-from typing import Literal, NoReturn
+from pathlib import Path
+from typing import Literal, get_args
 
 import gymnasium as gym
 import numpy as np
 import torch
 import tyro
-from torch import Tensor, nn
+from torch import Tensor, distributed as dist, nn
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 SCRIPT = "cmaes"
-ACTION_SPACES = (gym.spaces.Discrete, gym.spaces.Box)
-LIMITS = {"candidates": (2, 1e18), "rho": (0, 1), "layers": (0, 2), "init_mean": (-1e18, 1e18)}
+ACTION_SPACES = gym.spaces.Discrete, gym.spaces.Box
+LIMITS = {"candidates": (2, 1e9), "rho": (0, 1), "layers": (0, 2), "init_mean": (-1e18, 1e18)}
 
 
-@dataclass
+@dataclasses.dataclass
 class Args:
-    total_timesteps: int = 100_000  # environment steps of all candidates; generations are not cut
+    total_timesteps: int = 300_000  # environment steps of all candidates; no generation is cut
     candidates: int = 24  # n, candidates in a generation
     update: Literal["hansen", "document"] = "hansen"  # of the search distribution
     alpha: float = 1.0  # α, step of the mean towards that of the elites
     rho: float = 0.5  # ρ, share of the candidates that are elites; in the document's update
     noise: float = 0.01  # η, added to the variance of each coordinate; in the document's update
     episodes: int = 1  # L, episodes of each candidate
-    init_mean: float = 0.0  # μ at the start, in each coordinate
-    init_sigma: float = 1.0  # σ at the start, where C = I
-    common_seeds: bool = False  # the candidates of a generation start from the same states
+    init_mean: float = 0.0  # μ at first, in each coordinate
+    init_sigma: float = 1.0  # σ at first, where C = I
+    common_seeds: bool = False  # begin the episodes of all candidates from the same states
     layers: int = 0  # hidden layers: 0 (a linear policy), 1 or 2
     hidden: int = 32  # units in each of them
 
     env_id: str = "CartPole-v1"  # gymnasium id; module:Name-v0 imports module first
+    env_kwargs: str = "{}"  # arguments of the environment, as a JSON object
     seed: int = 1  # same seed, same machine: same weights, bit for bit
-    device: Literal["cpu", "cuda"] = "cpu"  # where networks and rollouts are kept
-    run_dir: str = ""  # default: runs/<env-id>__<script>__<seed>__<time>
-    eval_episodes: int = 20  # episodes in each evaluation, greedy or mean action
-    eval_every: int = 0  # also evaluate every so many steps; 0: only at the end
-    capture_video: bool = False  # record the evaluation episodes to <run-dir>/videos
-    checkpoint_every: int = 50_000  # steps between checkpoints; 0: only at the end
-    resume: str = ""  # checkpoint to continue from, its options being the defaults
+    device: Literal["cpu", "cuda"] = "cpu"  # where the networks compute; not kept by --resume
+    run_dir: str = ""  # where to write; default runs/<env-id>__<script>__<seed>__<time>
+    eval_episodes: int = 20  # greedy episodes of an evaluation, each cut after 100,000 steps
+    eval_every: int = 0  # steps between evaluations; 0: only at the end
+    capture_video: bool = False  # record the episodes of evaluations to <run-dir>/videos
+    checkpoint_every: int = 60  # seconds between checkpoints; 0: only when the run ends
+    resume: str = ""  # checkpoint to go on from; options left out are the checkpoint's
 
-
-# Networks -----------------------------------------------------------------------------------------
-
-
-class Policies:
-    """Deterministic policies π_θ of one shape; a row of θ holds the weights and biases of one.
-
-    Over a Discrete space they take the argmax of their outputs; over a Box the outputs themselves,
-    1 being the upper bound and -1 the lower where there are any, clipped to them.
-    """
-
-    def __init__(self, envs: gym.vector.VectorEnv, hidden: int, layers: int):
-        self.space = space = envs.single_action_space
-        self.discrete = isinstance(space, gym.spaces.Discrete)
-        if not self.discrete:
-            bounded = np.maximum(np.abs(space.low), np.abs(space.high)) < 1e9
-            low, high = np.where(bounded, space.low, -1), np.where(bounded, space.high, 1)
-            self.scale, self.shift = (high - low) / 2, (high + low) / 2
-        outputs = int(space.n) if self.discrete else math.prod(space.shape)
-        self.sizes = [envs.single_observation_space.shape[0], *[hidden] * layers, outputs]
-        self.dim = sum((i + 1) * o for i, o in pairwise(self.sizes))
-
-    def unpack(self, theta: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
-        """θ, (n, d), as the weights, (n, outputs, inputs), and biases, (n, outputs), of layers."""
-        layers, first = [], 0
-        for i, o in pairwise(self.sizes):
-            layer = theta[:, first : first + (i + 1) * o].reshape(-1, o, i + 1)
-            layers.append((layer[..., :i].copy(), layer[..., i].copy()))  # contiguous
-            first += (i + 1) * o
-        return layers
-
-    def act(self, layers: list, obs: np.ndarray) -> np.ndarray:
-        """What each policy does in its row of obs, (n, obs_dim), as environments take it."""
-        for weights, bias in layers[:-1]:
-            obs = np.tanh(np.matvec(weights, obs) + bias)
-        weights, bias = layers[-1]
-        output = np.matvec(weights, obs) + bias
-        if self.discrete:
-            return output.argmax(-1) + self.space.start
-        action = output.reshape(-1, *self.space.shape) * self.scale + self.shift
-        return action.clip(self.space.low, self.space.high).astype(self.space.dtype)
+    def __post_init__(self):
+        """Refuse an option of another type, choice or range; numpy's numbers become plain ones."""
+        for name, value in vars(self).items():
+            kind = Args.__annotations__[name]
+            kinds = get_args(kind) or [kind]  # choices, or types
+            value = value.item() if isinstance(value, np.generic) else value
+            value = float(value) if float in kinds and type(value) is int else value
+            setattr(self, name, value)
+            positive = int in kinds and name not in ("seed", "eval_every", "checkpoint_every")
+            low, high = LIMITS.get(name, (int(positive), 1e18))
+            fits = value in kinds or type(value) in kinds
+            if not fits or type(value) in (int, float) and not low <= value <= high:
+                raise Refusal(
+                    f"--{name.replace('_', '-')} {value} is not one of {kinds} from {low} to {high}"
+                )
+        if self.device == "cuda" and not torch.cuda.is_available():
+            raise Refusal("--device cuda: no GPU is available")
+        if dist.is_torchelastic_launched():
+            raise Refusal(f"{SCRIPT}.py does not run under torchrun")
 
 
 # Equations ----------------------------------------------------------------------------------------
@@ -236,299 +238,363 @@ def update_step_size(sigma, length, c_sigma, d_sigma):
     return sigma * (c_sigma / d_sigma * (length - 1)).exp()
 
 
-def update_covariance(C, p_c, steps, epsilon, weights, h, c_c, c_1, c_mu):
+def update_covariance(C, p_c, y, epsilon, weights, h, c_c, c_1, c_mu):
     """C ← (1 + c_1 δ - c_1 - c_μ Σ_i w_i) C + c_1 p_c p_cᵀ + c_μ Σ_i w°_i y_i y_iᵀ
 
     Tutorial, eq. 46 and 47, of [Covariance Matrix Adaptation Evolution Strategy (CMA-ES)].
     w°_i = w_i where w_i ≥ 0, else w_i d/‖ε_i‖²;  δ = (1 - h) c_c (2 - c_c) while p_c waits.
-    C: (d, d); p_c: (d,); steps y_i, epsilon ε_i: (n, d), best first; weights w_i: (n,); h: ().
+    C: (d, d); p_c: (d,); y y_i, epsilon ε_i: (n, d), best first; weights w_i: (n,); h: ().
     """
     bounded = weights.where(weights >= 0, weights * len(C) / epsilon.pow(2).sum(1))
     keep = 1 + c_1 * (1 - h) * c_c * (2 - c_c) - c_1 - c_mu * weights.sum()
-    return keep * C + c_1 * torch.outer(p_c, p_c) + c_mu * (bounded * steps.T) @ steps
+    return keep * C + c_1 * torch.outer(p_c, p_c) + c_mu * (bounded * y.T) @ y
+
+
+# Networks -----------------------------------------------------------------------------------------
+
+
+class Policies(nn.Module):
+    """Deterministic policies π_θ of one shape, tanh layers and a linear one; mu is one θ, (d,).
+
+    A row of θ holds the weights and biases of one policy. Over a Discrete space it takes the argmax
+    of its outputs; over a Box its outputs, 1 and -1 being the bounds where there are any.
+    """
+
+    def __init__(self, env, args):
+        super().__init__()
+        space = env.action_space
+        discrete = isinstance(space, gym.spaces.Discrete)
+        self.to_env = (lambda x: x.argmax(-1) + space.start) if discrete else box_actions(space)
+        outputs = int(space.n) if discrete else space.low.size
+        self.sizes = [env.observation_space.shape[0], *[args.hidden] * args.layers, outputs]
+        self.mu = nn.Buffer(torch.zeros(sum((i + 1) * o for i, o in pairwise(self.sizes))))
+
+    def unpack(self, theta):
+        """θ, (n, d), as the weights, (n, outputs, inputs), and biases, (n, outputs), of layers."""
+        layers, first = [], 0
+        for i, o in pairwise(self.sizes):
+            layer = theta[:, first : first + (i + 1) * o].reshape(-1, o, i + 1)
+            layers.append((layer[..., :i].copy(), layer[..., i].copy()))  # contiguous
+            first += (i + 1) * o
+        return layers
+
+    def actions(self, layers, obs):
+        """What each policy does at its row of obs, (n, obs_dim), as environments take it."""
+        for i, (weights, bias) in enumerate(layers):
+            obs = np.matvec(weights, np.tanh(obs) if i else obs) + bias
+        return self.to_env(obs)
+
+    def act(self, obs):
+        """Actions of the policy of mu at obs, (n, obs_dim), as the environment takes them."""
+        return self.actions(self.unpack(self.mu.float().cpu().numpy()[None]), obs)
+
+
+def make_policy(env, args):
+    """The policies for the spaces of env; mu is the one that is evaluated."""
+    return Policies(env, args)
+
+
+def box_actions(space):
+    """A function from actions (n, d) in [-1, 1] to those of the Box space, (n, *shape).
+
+    Dimensions without bounds are left as they are; of integers every level gets an equal part.
+    """
+    low, high = space.low.astype(np.float64), space.high.astype(np.float64)
+    bounded = (low > -1e9) & (high < 1e9)
+    least, most = np.where(bounded, low, -1), np.where(bounded, high, 1)
+    whole = space.dtype.kind in "iub"
+    scale, shift = (most - least + whole * bounded) / 2, (most + least) / 2
+
+    def to_env(action):
+        check_finite("an action of the policy", action)
+        action = action.reshape(-1, *space.shape) * scale + shift
+        return (action.round() if whole else action).clip(low, high).astype(space.dtype)
+
+    return to_env
 
 
 # Training -----------------------------------------------------------------------------------------
 
 
-def play(envs: gym.vector.VectorEnv, policies: Policies, theta: np.ndarray, seeds: np.ndarray):
-    """Undiscounted return and length of one whole episode of each policy, (n,) each.
+def make_candidates(stack, env, args, n):
+    """n environments: gymnasium's own vector version where there is one, else a list.
 
-    A native vector environment steps all until the last one ends, which costs it little more; of
-    other environments only those whose episode goes on are stepped.
+    A vector version cannot begin all episodes from the same state, so --common-seeds takes a list.
     """
-    n, layers = len(theta), policies.unpack(theta)
-    returns, lengths = np.zeros((2, n))
-    running, live = np.ones(n, np.bool_), np.arange(n)
-    single = getattr(envs.unwrapped, "envs", None)  # those of a SyncVectorEnv
-    if single:
-        flatten, space = gym.spaces.flatten, envs.unwrapped.single_observation_space
-        starts = [env.reset(seed=int(seed))[0] for env, seed in zip(single, seeds, strict=True)]
-        obs = np.stack([flatten(space, start) for start in starts]).astype(np.float32)
+    if env.spec.vector_entry_point and not args.common_seeds:
+        return stack.enter_context(closing(make_envs(args, n)))
+    return [stack.enter_context(make_env(args)) for _ in range(n)]
+
+
+def play(envs, policies, theta, seeds):
+    """One whole episode of each policy, cut after 100,000 steps where nothing ends it before.
+
+    theta: (n, d); seeds, of the environments: n integers. Returns the undiscounted returns and the
+    lengths, (n,) each; the observations acted on, (sum of lengths, obs_dim); and the number of
+    steps simulated. A vector environment steps all until the last has ended; a list only those
+    whose episode goes on.
+    """
+    n, layers, vector = len(theta), policies.unpack(theta), isinstance(envs, gym.vector.VectorEnv)
+    returns, lengths, reward = np.zeros((3, n))
+    running, ended = np.ones(n, bool), np.zeros(n, bool)
+    seen, steps = [], 0
+    if vector:
+        obs, _ = envs.reset(seed=seeds[0])
     else:
-        obs, _ = envs.reset(seed=int(seeds[0]))
-    for _ in range(100_000):  # there may be no time limit
-        if single:
-            reward, ended = np.zeros(n), np.zeros(n, np.bool_)
-            for i, action in zip(live, policies.act(layers, obs[live]), strict=True):
-                next_obs, reward[i], terminated, truncated, _ = single[i].step(action)
-                obs[i] = flatten(space, next_obs)
-                ended[i] = terminated or truncated
-        else:
-            obs, reward, terminated, truncated, _ = envs.step(policies.act(layers, obs))
+        obs = np.float32([env.reset(seed=seed)[0] for env, seed in zip(envs, seeds)])
+    while running.any() and len(seen) < 100_000:
+        seen.append(obs[running])
+        actions = policies.actions(layers, obs)
+        if vector:
+            steps += n - ended.sum()  # a reset step simulates nothing
+            obs, reward, terminated, truncated, _ = envs.step(actions)
             ended = terminated | truncated
+        else:
+            steps += running.sum()
+            for i in np.flatnonzero(running):
+                obs[i], reward[i], terminated, truncated, _ = envs[i].step(actions[i])
+                ended[i] = terminated or truncated
         returns += reward * running
         lengths += running
         running &= ~ended
-        if not running.any():
-            break
-        if single and ended.any():
-            live = np.flatnonzero(running)
-            layers = policies.unpack(theta[live])
-    return returns, lengths
+    seen = np.concatenate(seen)
+    check_finite("an observation or a reward", (seen, returns))
+    return returns, lengths, seen, steps
 
 
 def train(args: Args) -> np.ndarray:
     """Run the algorithm above; return the episode returns of the final evaluation."""
-    check(args)
-    n, L, device, document = args.candidates, args.episodes, args.device, args.update == "document"
+    n, device, document = args.candidates, args.device, args.update == "document"
+    with ExitStack() as stack:
+        # 1. Initialise.
+        stack.callback(torch.set_num_threads, torch.get_num_threads())
+        torch.set_num_threads(1)  # layers this small lose more to threads than they gain
+        env = stack.enter_context(make_env(args))
+        policies = make_policy(env, args).double().to(device)
+        policies.mu.fill_(args.init_mean)
+        d = len(policies.mu)
+        if d > 10_000:
+            raise Refusal(f"--layers, --hidden: C of {d} parameters is too large; 10,000 fit")
+        envs = make_candidates(stack, env, args, n)
+        search = nn.Module()  # what a checkpoint holds of the search distribution beside μ
+        search.sigma = nn.Buffer(torch.full_like(policies.mu[0], args.init_sigma))
+        search.C = nn.Buffer(torch.eye(d).to(policies.mu))
+        search.p_sigma = nn.Buffer(torch.zeros_like(policies.mu))
+        search.p_c = nn.Buffer(torch.zeros_like(policies.mu))
+        search.generation = nn.Buffer(torch.zeros_like(search.sigma))
+        weights, mu_eff, c_sigma, d_sigma, c_c, c_1, c_mu = strategy_parameters(n, d)
+        k = max(1, math.floor(args.rho * n + 1e-9)) if document else n // 2  # elites
+        weights = (rank_weights(k, k) if document else weights).to(device)
+        w = weights[:k]  # of the elites
+        run = stack.enter_context(Run(args, policy=policies, search=search))
 
-    # 1. Initialise.
-    torch.set_num_threads(1)
-    mode = "sync" if args.common_seeds else None  # a native vector environment has one seed for all
-    envs = make_envs(args.env_id, n, vectorization_mode=mode)
-    check_memory(envs, args)
-    policies = Policies(envs, args.hidden, args.layers)
-    d, kind = policies.dim, {"dtype": torch.float64, "device": device}
-    search = nn.Module()  # what a checkpoint holds of the search distribution
-    search.mu = nn.Buffer(torch.full((d,), args.init_mean, **kind))
-    search.sigma = nn.Buffer(torch.full((), args.init_sigma, **kind))
-    search.C, search.root = nn.Buffer(torch.eye(d, **kind)), nn.Buffer(torch.eye(d, **kind))
-    search.p_sigma = nn.Buffer(torch.zeros(d, **kind))
-    search.p_c = nn.Buffer(torch.zeros(d, **kind))
-    search.generation = nn.Buffer(torch.zeros((), **kind))
-    weights, mu_eff, c_sigma, d_sigma, c_c, c_1, c_mu = strategy_parameters(n, d)
-    k, gap = n // 2, max(1, math.floor(1 / (10 * d * (c_1 + c_mu))))  # elites; generations a root
-    if document:
-        k, gap = max(1, math.floor(args.rho * n + 1e-9)), 1
-        weights = rank_weights(k, k)
-    weights = weights.to(device)
+        while run.step < args.total_timesteps:
+            # 2. Sample candidates.
+            root = square_root(search.C)
+            epsilon = torch.from_numpy(run.rng.standard_normal((n, d))).to(device)
+            theta = sample_correlated(policies.mu, search.sigma * root, epsilon)
 
-    def act(obs: np.ndarray) -> np.ndarray:
-        return policies.act(policies.unpack(search.mu.float().cpu().numpy()[None]), obs)
+            # 3. Fitness.
+            seeds = run.rng.integers(2**29, size=(args.episodes, 1 if args.common_seeds else n))
+            seeds = np.broadcast_to(seeds, (args.episodes, n)).tolist()
+            episodes = [play(envs, policies, theta.float().cpu().numpy(), row) for row in seeds]
+            returns, lengths, _, steps = zip(*episodes)
+            fitness = torch.from_numpy(np.mean(returns, 0)).to(device)
 
-    run = Run(args, {"search": search}, act)
-    while run.step < args.total_timesteps and not run.interrupted:
-        # 2. Sample candidates.
-        if search.generation % gap == 0:
-            search.root = square_root(search.C)
-        epsilon = torch.randn(n, d, **kind)
-        theta = sample_correlated(search.mu, search.sigma * search.root, epsilon)
+            # 4. Rank.
+            order = fitness.argsort(descending=True)
+            elites, epsilon = theta[order[:k]], epsilon[order]
 
-        # 3. Fitness.
-        starts = 1 if args.common_seeds else n
-        seeds = np.random.SeedSequence([args.seed, run.step]).generate_state(L * starts) >> 3
-        seeds = seeds.reshape(L, starts).repeat(n // starts, 1)  # (L, n)
-        episodes = [play(envs, policies, theta.float().cpu().numpy(), seeds[i]) for i in range(L)]
-        returns, lengths = np.stack(episodes, 1)  # (L, n) each
-        fitness = torch.from_numpy(returns.mean(0)).to(device)
+            # 5. Move the mean.
+            policies.mu = update_mean(policies.mu, elites, w, args.alpha)
 
-        # 4. Rank.
-        order = fitness.argsort(descending=True)
-        elites, epsilon = theta[order[:k]], epsilon[order]
+            search.generation += 1
+            if document:
+                # 6. Covariance of the elites; σ stays as it began.
+                search.C = elite_covariance(elites, policies.mu, args.noise) / search.sigma**2
+            else:
+                # 7. Paths.
+                y = epsilon @ root
+                search.p_sigma = cumulate(search.p_sigma, w @ epsilon[:k], c_sigma, mu_eff)
+                length = relative_length(search.p_sigma)
+                h = h_sigma(length, search.generation, c_sigma, d)
+                step = h * (weights[:k] @ y[:k])
+                search.p_c = cumulate(search.p_c, step, c_c, mu_eff)
+                # 8. Step size.
+                search.sigma = update_step_size(search.sigma, length, c_sigma, d_sigma)
+                # 9. Covariance.
+                search.C = update_covariance(
+                    search.C, search.p_c, y, epsilon, weights, h, c_c, c_1, c_mu
+                )
 
-        # 5. Move the mean.
-        search.mu = update_mean(search.mu, elites, weights[:k], args.alpha)
-
-        search.generation += 1
-        if document:
-            # 6. Covariance of the elites; σ stays as it began.
-            search.C = elite_covariance(elites, search.mu, args.noise) / search.sigma**2
-        else:
-            # 7. Paths.
-            steps = epsilon @ search.root
-            search.p_sigma = cumulate(search.p_sigma, weights[:k] @ epsilon[:k], c_sigma, mu_eff)
-            length = relative_length(search.p_sigma)
-            h = h_sigma(length, search.generation, c_sigma, d)
-            search.p_c = cumulate(search.p_c, h * (weights[:k] @ steps[:k]), c_c, mu_eff)
-            # 8. Step size.
-            search.sigma = update_step_size(search.sigma, length, c_sigma, d_sigma)
-            # 9. Covariance.
-            rates = c_c, c_1, c_mu
-            search.C = update_covariance(search.C, search.p_c, steps, epsilon, weights, h, *rates)
-
-        run.episodes.extend(zip(returns.flat, lengths.flat, strict=True))
-        scalars = {"fitness": fitness.mean(), "best_fitness": fitness.max()}
-        sigma = search.sigma * search.C.diagonal().sqrt()
-        run.update(int(lengths.sum()), scalars | {"sigma": sigma.mean()})
-    return run.finish()
+            run.step += int(sum(steps))
+            run.episodes.extend(zip(np.ravel(returns), np.ravel(lengths)))
+            sigma = (search.sigma * search.C.diagonal().sqrt()).mean()
+            run.log(fitness=fitness.mean(), best_fitness=fitness.max(), sigma=sigma)
+        return run.evaluate()
 
 
 # Plumbing -----------------------------------------------------------------------------------------
 
 
-def stop(message: str, status: int = 2) -> NoReturn:
-    """End the program with one line on stderr."""
-    print(f"{SCRIPT}.py: {message.splitlines()[0]}", file=sys.stderr)
-    sys.exit(status)
+class Refusal(Exception):
+    """What the script will not do or go on with, in one line for its user."""
 
 
-def check(args: Args) -> None:
-    """Stop at a number out of range; where LIMITS says nothing, sizes begin at 1, others at 0."""
-    for name, value in vars(args).items():
-        size = type(value) is int and name not in ("seed", "eval_every", "checkpoint_every")
-        low, high = LIMITS.get(name, (int(size), 1e18))
-        if isinstance(value, (int, float)) and not low <= value <= high:
-            stop(f"--{name.replace('_', '-')} {value} is out of range: {low} to {high}")
-    if args.device == "cuda" and not torch.cuda.is_available():
-        stop("--device cuda: no GPU is available")
-
-
-def env_seed(seed: int, step: int, rank: int) -> int:
-    """Seed, below 2²⁹, of what rank begins at step: environments and random numbers."""
-    return int(np.random.SeedSequence([seed, step, rank]).generate_state(1)[0]) >> 3
-
-
-def make_envs(env_id: str, n: int, **kwargs) -> gym.vector.VectorEnv:
-    """n copies of env_id, observations flat; the environment's own vector version if it has one."""
-    envs = gym.make_vec(env_id, n, **kwargs)
-    obs_space, action_space = envs.single_observation_space, envs.single_action_space
-    image = obs_space.dtype == np.uint8 and len(obs_space.shape) > 1
-    if image or not obs_space.is_np_flattenable or not isinstance(action_space, ACTION_SPACES):
-        names = " and ".join(space.__name__ for space in ACTION_SPACES)
-        stop(f"{env_id} maps {obs_space} to {action_space}; supported: no images, {names}")
-    flat = isinstance(obs_space, gym.spaces.Box) and len(obs_space.shape) == 1
+def make_envs(args, n):
+    """n copies of the environment as one: gymnasium's own vector version where there is one."""
+    envs = gym.make_vec(args.env_id, n, **json.loads(args.env_kwargs))
+    if (mode := envs.metadata.get("autoreset_mode")) != gym.vector.AutoresetMode.NEXT_STEP:
+        raise Refusal(f"{args.env_id} resets its episodes by {mode}; {SCRIPT}.py needs NEXT_STEP")
+    flat = gym.spaces.flatten_space(envs.single_observation_space) == envs.single_observation_space
     return envs if flat else gym.wrappers.vector.FlattenObservation(envs)
 
 
-def load_checkpoint(path: str, modules: dict) -> dict:
-    """Read what Run.save wrote, and restore modules from it."""
+def check_finite(what, x):
+    """Refuse to go on where a number in x, a nest of numbers and arrays, is not finite."""
+    for part in x.values() if isinstance(x, dict) else x if isinstance(x, (list, tuple)) else ():
+        check_finite(what, part)
+    if isinstance(x, (float, np.ndarray, Tensor)) and not math.isfinite(torch.as_tensor(x).sum()):
+        raise Refusal(f"not finite (nan or inf), so the last checkpoint is kept: {what}")
+
+
+def make_env(args, video=""):
+    """The environment with flat observations; with --capture-video it records to folder video."""
+    mistakes = gym.error.Error, ModuleNotFoundError, TypeError, ValueError
+    render = {"render_mode": "rgb_array"} if args.capture_video else {}
     try:
-        checkpoint = torch.load(path, "cpu", weights_only=True)
+        env = gym.make(args.env_id, **json.loads(args.env_kwargs), **render)
+        if args.capture_video:  # find out now whether it can draw itself
+            env.reset()
+            env.render()
+    except Exception if args.capture_video else mistakes as error:
+        raise Refusal(f"{args.env_id} {args.env_kwargs}: {type(error).__name__} {error}") from error
+    image = (obs_space := env.observation_space).dtype == np.uint8 and len(obs_space.shape) > 1
+    if image or not obs_space.is_np_flattenable or not isinstance(env.action_space, ACTION_SPACES):
+        raise Refusal(f"{SCRIPT}.py cannot learn {args.env_id}, {obs_space} to {env.action_space}")
+    env = gym.wrappers.FlattenObservation(env)
+    return gym.wrappers.RecordVideo(env, video, lambda _: True) if render and video else env
+
+
+def load(path, learner):
+    """The options and steps of the checkpoint at path, whose other parts go into learner."""
+    here = {"run_dir": "", "resume": "", "device": "cpu"}  # of this run and machine, not of that
+    try:
+        checkpoint = torch.load(path, "cpu", weights_only=True, mmap=True)
         if checkpoint["script"] != SCRIPT:
-            raise ValueError(f"it is of {checkpoint['script']}.py")
-        for name, module in modules.items():
-            module.load_state_dict(checkpoint[name])
-        return checkpoint | {"args": Args(**checkpoint["args"])}
+            raise Refusal(f"it is of {checkpoint['script']}.py")
+        for name, part in learner.items():
+            part.load_state_dict(checkpoint[name])
+        return Args(**checkpoint["args"] | here), checkpoint["env_steps"]
     except Exception as error:
-        stop(f"cannot resume from {path}: {type(error).__name__}: {str(error).splitlines()[-1]}")
+        why = error if isinstance(error, (OSError, Refusal)) else "damaged, or of other options"
+        raise Refusal(f"cannot resume from {path}: {why}") from error
 
 
-def check_memory(envs: gym.vector.VectorEnv, args: Args) -> None:
-    """Stop where the d x d matrices, of which six are alive at most, do not fit in memory."""
+class Run(AbstractContextManager):
+    """A run: its directory, generators, log, evaluations and checkpoints.
 
-    def needed(hidden: int) -> int:
-        return 6 * 8 * Policies(envs, hidden, args.layers).dim ** 2  # bytes
+    `episodes`: (return, length) of the latest that ended; `learner`: all that a checkpoint keeps.
+    On an exception, Ctrl-C and SIGTERM too, it saves before it leaves; on a Refusal it does not.
+    """
 
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    if needed(args.hidden) > memory:
-        d = Policies(envs, args.hidden, args.layers).dim
-        fits = bisect.bisect(range(1, args.hidden), memory, key=needed)  # that many do
-        hint = f"the largest --hidden that fits is {fits}" if fits else "no --hidden fits"
-        sizes = f"{needed(args.hidden) / 1e9:.1f} GB of {memory / 1e9:.1f}"
-        stop(f"a covariance of {d} x {d} takes {sizes}; {hint}")
+    def __init__(self, args, rank=0, **learner):
+        self.args, self.rank, self.learner, self.episodes = args, rank, learner, deque(maxlen=100)
+        self.step = load(args.resume, learner)[1] if args.resume else 0
+        self.next_save = 0 if args.checkpoint_every else math.inf  # in seconds since the epoch
+        self.seed()
+        new = f"runs/{args.env_id}__{SCRIPT}__{args.seed}__{time.time():.6f}"
+        self.dir = args.run_dir or os.path.dirname(args.resume) or new
+        path = os.path.abspath(f"{self.dir}/checkpoint.pt")
+        if os.path.exists(path) and path != os.path.abspath(args.resume):
+            raise Refusal(f"--run-dir {self.dir} holds a checkpoint: resume it, or take another")
+        try:
+            self.dir += f"__rank{rank}" if rank > 0 else ""
+            os.makedirs(self.dir, exist_ok=self.dir != new)
+            self.writer = SummaryWriter(self.dir, purge_step=self.step + 1)
+        except OSError as error:
+            raise Refusal(f"--run-dir {self.dir}: {error.strerror}") from error
+        self.writer.add_text("options", "\n".join(f"    {k}: {v}" for k, v in vars(args).items()))
+        self.bar = tqdm(None, self.dir, args.total_timesteps, initial=self.step, disable=False)
+        self.bar.mininterval = 0.1 if sys.stderr.isatty() else 30  # seconds
 
+    def __exit__(self, kind, error, traceback):
+        self.bar.close()
+        self.writer.close()
+        if error and not isinstance(error, Refusal):
+            self.save()
+            print(f"saved: --resume {self.dir}/checkpoint.pt goes on", file=sys.stderr)
 
-class Run:
-    """Steps, TensorBoard, progress bar, evaluations and checkpoints; only rank 0 writes."""
+    def seed(self):
+        """Key all generators by (seed, step, rank), so that they are the same after a resume."""
+        self.rng = np.random.default_rng([self.args.seed, self.step, self.rank + 1])
+        for set_seed in random.seed, np.random.seed, torch.manual_seed:
+            set_seed(int(self.rng.integers(2**32)))
 
-    def __init__(self, args: Args, modules: dict, act, rank: int = 0, total=lambda x: x):
-        self.args, self.modules, self.act, self.rank, self.total = args, modules, act, rank, total
-        self.dir = args.run_dir or f"runs/{args.env_id}__{SCRIPT}__{args.seed}__{time.time():.0f}"
-        self.step = 0
-        if args.resume:
-            self.dir = args.run_dir or os.path.dirname(args.resume) or "."
-            self.step = load_checkpoint(args.resume, modules)["env_steps"]
-        torch.manual_seed(env_seed(args.seed, self.step, rank))
-        self.first_step, self.start_time = self.step, time.time()
-        self.episodes = deque(maxlen=100)  # (return, length) of the latest
-        self.writer = SummaryWriter(self.dir, purge_step=self.step + 1) if rank == 0 else None
-        self.bar = tqdm(total=args.total_timesteps, initial=self.step, disable=rank > 0 or None)
-        self.signalled = self.interrupted = False  # in this process; in any, as all have agreed
-        signal.signal(signal.SIGINT, lambda *_: setattr(self, "signalled", True))
-
-    def update(self, steps: int, losses: dict[str, Tensor]) -> None:
-        """Add the steps of all processes; log; evaluate and save where it is time to."""
-        counts = self.total(torch.tensor([steps, self.signalled], dtype=torch.float64))
-        last_step, self.step = self.step, self.step + round(counts[0].item())
-        self.interrupted = counts[1].item() > 0
-        scalars = {f"losses/{name}": loss.item() for name, loss in losses.items()}
-        if not all(map(math.isfinite, scalars.values())):
-            stop(f"not finite at step {self.step}, so the last checkpoint is kept: {scalars}", 1)
-        if self.rank > 0:
-            return
-        scalars["charts/SPS"] = (self.step - self.first_step) / (time.time() - self.start_time)
+    def log(self, **losses):
+        """Write to the log; evaluate and save where it is time to; key the generators anew."""
+        scalars = {f"losses/{name}": torch.as_tensor(x).item() for name, x in losses.items()}
+        check_finite(f"{scalars} at step {self.step}", scalars)
+        scalars["charts/SPS"] = (self.step - self.bar.initial) / self.bar.format_dict["elapsed"]
         if self.episodes:
             mean_return, scalars["charts/episodic_length"] = np.mean(self.episodes, 0)
             scalars["charts/episodic_return"] = mean_return
             self.bar.set_postfix_str(f"return {mean_return:.1f}", False)
         for name, value in scalars.items():
             self.writer.add_scalar(name, value, self.step)
-        self.bar.update(self.step - last_step)
-        args = self.args
-        for every, task in (args.eval_every, self.evaluate), (args.checkpoint_every, self.save):
-            if every > 0 and self.step // every > last_step // every:
-                task()
-
-    def save(self) -> None:
-        """Write the checkpoint aside, then put it in the place of the last one."""
-        checkpoint = {name: module.state_dict() for name, module in self.modules.items()}
-        checkpoint |= {"script": SCRIPT, "env_steps": self.step}
-        checkpoint["args"] = vars(self.args) | {"run_dir": "", "resume": ""}
-        self.writer.flush()
-        torch.save(checkpoint, f"{self.dir}/checkpoint.tmp")
-        os.replace(f"{self.dir}/checkpoint.tmp", f"{self.dir}/checkpoint.pt")
-
-    def evaluate(self) -> np.ndarray:
-        """Undiscounted returns of --eval-episodes whole episodes, on seeds training never sees.
-
-        Each environment plays one: of the first to end among many, too many would be short. For a
-        video they are played in turn.
-        """
-        env_id, episodes = self.args.env_id, self.args.eval_episodes
-        if self.args.capture_video:
-            options = {"name_prefix": f"step-{self.step}", "episode_trigger": lambda _: True}
-            envs = make_envs(env_id, 1, render_mode="rgb_array")
-            envs = gym.wrappers.vector.RecordVideo(envs, f"{self.dir}/videos", **options)
-        else:
-            envs = make_envs(env_id, episodes)
-        returns = np.zeros(episodes)
-        for first in range(0, episodes, envs.num_envs):
-            obs, _ = envs.reset(seed=2**30 + env_seed(self.args.seed, 0, 0) + first)
-            running = np.ones(envs.num_envs, np.bool_)
-            for _ in range(100_000):  # there may be no time limit
-                obs, reward, terminated, truncated, _ = envs.step(self.act(obs))
-                returns[first : first + envs.num_envs] += reward * running
-                running &= ~(terminated | truncated)
-                if not running.any():
-                    break
-        envs.close()
-        self.writer.add_scalar("charts/eval_return", returns.mean(), self.step)
-        return returns
-
-    def finish(self) -> np.ndarray:
-        """The last checkpoint, the final evaluation and the line of results."""
-        self.bar.close()
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        if self.rank > 0:
-            return np.zeros(0)
-        if self.step > self.first_step:
+        if self.args.eval_every and self.step % self.args.eval_every < self.step - self.bar.n:
+            self.evaluate()
+        self.bar.update(self.step - self.bar.n)
+        if time.time() > self.next_save or self.step >= self.args.total_timesteps:
             self.save()
-        if self.interrupted:
-            stop(f"stopped at step {self.step}; --resume {self.dir}/checkpoint.pt goes on", 130)
-        returns = self.evaluate()
-        self.writer.close()
-        wall = time.time() - self.start_time
+        self.seed()
+
+    def save(self):
+        """Write the checkpoint aside, then put it in the place of the last one."""
+        began = time.time()
+        checkpoint = {name: part.state_dict() for name, part in self.learner.items()}
+        check_finite("weights or data", checkpoint)
+        checkpoint |= {"script": SCRIPT, "env_steps": self.step, "args": vars(self.args)}
+        try:
+            with open(f"{self.dir}/checkpoint.tmp", "wb") as file:
+                torch.save(checkpoint, file)
+            os.replace(f"{self.dir}/checkpoint.tmp", f"{self.dir}/checkpoint.pt")
+        except (OSError, RuntimeError) as error:
+            Path(f"{self.dir}/checkpoint.tmp").unlink(missing_ok=True)
+            raise Refusal(f"cannot write to {self.dir}: {error.__context__ or error}") from error
+        self.next_save = time.time() + max(self.args.checkpoint_every, 10 * (time.time() - began))
+
+    def evaluate(self):
+        """Returns, not discounted, of episodes on seeds that training never sees, and their line.
+
+        An episode that has not ended after 100,000 steps is cut there.
+        """
+        args, returns = self.args, np.zeros(self.args.eval_episodes)
+        with make_env(args, f"{self.dir}/videos/{self.step}") as env:
+            for episode in range(args.eval_episodes):
+                obs, _ = env.reset(seed=2**30 + (1000 * args.seed + episode) % 2**30)
+                for _ in range(100_000):
+                    obs, reward, *ends, _ = env.step(self.learner["policy"].act(obs[None])[0])
+                    returns[episode] += reward
+                    if any(ends):
+                        break
+        self.writer.add_scalar("charts/eval_return", returns.mean(), self.step)
+        took = self.bar.format_dict["elapsed"]
         print(f"eval_return_mean={returns.mean():.2f} eval_return_std={returns.std():.2f}", end=" ")
-        print(f"eval_episodes={len(returns)} env_steps={self.step} wall_seconds={wall:.1f}")
+        print(f"eval_episodes={len(returns)} env_steps={self.step} wall_seconds={took:.1f}")
         return returns
 
 
 if __name__ == "__main__":
-    args = tyro.cli(Args)
-    if args.resume:  # what the command line leaves out is as in the checkpoint
-        args = tyro.cli(Args, default=load_checkpoint(args.resume, {})["args"])
+    for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(n) != signal.SIG_IGN:  # nohup ignores SIGHUP
+            # The run saves on its way out; a second signal of the kind ends it at once.
+            signal.signal(n, lambda n, _: (signal.signal(n, signal.SIG_DFL), sys.exit(128 + n)))
     try:
+        args = tyro.cli(Args, description=__doc__.splitlines()[0])
+        if args.resume:  # what the command line leaves out is as in the checkpoint
+            args = tyro.cli(Args, default=load(args.resume, {})[0])
         train(args)
-    except (gym.error.Error, ImportError, OSError) as error:
-        stop(f"{type(error).__name__}: {error}")
+    except Refusal as error:
+        print(f"{SCRIPT}.py: {str(error).splitlines()[0]}", file=sys.stderr)
+        sys.exit(2)

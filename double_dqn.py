@@ -406,10 +406,9 @@ def make_env(args, video=""):
             env.render()
     except Exception if args.capture_video else mistakes as error:
         raise Refusal(f"{args.env_id} {args.env_kwargs}: {type(error).__name__} {error}") from error
-    obs_space, action_space = env.observation_space, env.action_space
-    image = obs_space.dtype == np.uint8 and len(obs_space.shape) > 1
-    if image or not obs_space.is_np_flattenable or not isinstance(action_space, ACTION_SPACES):
-        raise Refusal(f"{SCRIPT}.py cannot learn {args.env_id}, {obs_space} to {action_space}")
+    image = (obs_space := env.observation_space).dtype == np.uint8 and len(obs_space.shape) > 1
+    if image or not obs_space.is_np_flattenable or not isinstance(env.action_space, ACTION_SPACES):
+        raise Refusal(f"{SCRIPT}.py cannot learn {args.env_id}, {obs_space} to {env.action_space}")
     env = gym.wrappers.FlattenObservation(env)
     return gym.wrappers.RecordVideo(env, video, lambda _: True) if render and video else env
 
@@ -471,10 +470,8 @@ class Run(AbstractContextManager):
 
     def log(self, **losses):
         """Write to the log; evaluate and save where it is time to; key the generators anew."""
-        old = self.bar.n
         scalars = {f"losses/{name}": torch.as_tensor(x).item() for name, x in losses.items()}
         check_finite(f"{scalars} at step {self.step}", scalars)
-        self.bar.update(self.step - old)
         scalars["charts/SPS"] = (self.step - self.bar.initial) / self.bar.format_dict["elapsed"]
         if self.episodes:
             mean_return, scalars["charts/episodic_length"] = np.mean(self.episodes, 0)
@@ -482,8 +479,9 @@ class Run(AbstractContextManager):
             self.bar.set_postfix_str(f"return {mean_return:.1f}", False)
         for name, value in scalars.items():
             self.writer.add_scalar(name, value, self.step)
-        if self.args.eval_every and self.step // self.args.eval_every > old // self.args.eval_every:
+        if self.args.eval_every and self.step % self.args.eval_every < self.step - self.bar.n:
             self.evaluate()
+        self.bar.update(self.step - self.bar.n)
         if time.time() > self.next_save or self.step >= self.args.total_timesteps:
             self.save()
         self.seed()

@@ -14,45 +14,66 @@ Derivations: "Natural Evolutionary Strategies (NES)",
 Notation: θ_i, ε_i -> theta, epsilon -> (n, d), d parameters a policy;  μ -> mu -> (d,);
 F -> fitness -> (n,);  g -> gradient -> (d,);  λ -> weight_decay;  N of the document is n here.
 
-All candidates act at once, in one batched product. The return of an episode is undiscounted and, as
-there is no value function, that of a truncated one is used as it is. Beyond the document, from
-Salimans et al.: pairs ±ε, ranks, Adam, weight decay, normalised observations. The policy that is
-evaluated is that of the mean μ. Under torchrun every process draws the same noise and plays its
-slice of the candidates; only returns, lengths and sums of observations travel.
+All candidates act at once, in one batched product. The return of an episode is undiscounted. There
+is no value function, so the return of a truncated episode is used as it is.
+Environments that gymnasium steps all at once (CartPole) play on until the last candidate's episode
+has ended: those steps are counted, but they are no part of any fitness.
+
+Beyond the document, from Salimans et al.: pairs ±ε, ranks, Adam with ε = 1e-5 (torch's is 1e-8),
+weight decay, normalised observations. The policy that is evaluated is that of the mean μ.
+Under torchrun every process draws the same noise and plays its slice of the candidates; only
+fitnesses, counts of steps and sums of observations travel. Episodes are logged of rank 0.
+
+Logged: fitness and best_fitness are of the latest generation.
 
 Papers: Wierstra et al. 2014, Natural Evolution Strategies; Salimans et al. 2017, Evolution
 Strategies as a Scalable Alternative to Reinforcement Learning, arXiv 1703.03864.
 """
 
-import atexit
+# /// script
+# requires-python = ">=3.11"
+# dependencies = [
+#     "gymnasium[classic-control,box2d,mujoco]==1.4.0",
+#     "moviepy==2.2.1",
+#     "mujoco==3.8.1",
+#     "numpy==2.4.6",
+#     "tensorboard==2.21.0",
+#     "torch==2.13.0",
+#     "tqdm==4.70.1",
+#     "tyro==1.0.17",
+# ]
+# ///
+
+import dataclasses
+import json
 import math
 import os
+import random
 import signal
 import sys
 import time
 from collections import deque
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, ExitStack, closing, redirect_stdout
 from itertools import pairwise
-from typing import Literal, NoReturn
+from pathlib import Path
+from typing import Literal, get_args
 
 import gymnasium as gym
 import numpy as np
 import torch
-import torch.distributed as dist
 import tyro
-from torch import Tensor, nn
-from torch.optim.adam import adam
+from torch import Tensor, distributed as dist, nn
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 SCRIPT = "nes"
-ACTION_SPACES = (gym.spaces.Discrete, gym.spaces.Box)
-LIMITS = {"candidates": (2, 1e9), "sigma": (1e-9, 1e9), "layers": (0, 2)}  # not those check assumes
+ACTION_SPACES = gym.spaces.Discrete, gym.spaces.Box
+LIMITS = {"candidates": (2, 1e9), "sigma": (1e-9, 1e9), "layers": (0, 2)}  # least and most
 
 
-@dataclass
+@dataclasses.dataclass
 class Args:
-    total_timesteps: int = 500_000  # environment steps of all candidates; generations are not cut
+    total_timesteps: int = 1_000_000  # environment steps of all candidates; no generation is cut
     candidates: int = 24  # n, candidates in a generation, shared out among torchrun's processes
     sigma: float = 0.3  # σ, deviation of the candidates from the mean in each coordinate
     learning_rate: float = 0.1  # α, step size
@@ -61,92 +82,39 @@ class Args:
     antithetic: bool = True  # candidates come in pairs μ ± σε
     weight_decay: float = 0.0  # λ, pull of μ towards 0
     episodes: int = 1  # L, episodes of each candidate
-    common_seeds: bool = False  # the candidates of a generation start from the same states
-    norm_obs: bool = False  # normalise observations by their running mean and variance
+    common_seeds: bool = False  # begin the episodes of all candidates from the same states
+    norm_obs: bool = False  # normalise observations by their running mean and deviation
     layers: int = 1  # hidden layers: 0 (a linear policy), 1 or 2
     hidden: int = 32  # units in each of them
 
     env_id: str = "CartPole-v1"  # gymnasium id; module:Name-v0 imports module first
+    env_kwargs: str = "{}"  # arguments of the environment, as a JSON object
     seed: int = 1  # same seed, same machine: same weights, bit for bit
-    device: Literal["cpu", "cuda"] = "cpu"  # where networks and rollouts are kept
-    run_dir: str = ""  # default: runs/<env-id>__<script>__<seed>__<time>
-    eval_episodes: int = 20  # episodes in each evaluation, greedy or mean action
-    eval_every: int = 0  # also evaluate every so many steps; 0: only at the end
-    capture_video: bool = False  # record the evaluation episodes to <run-dir>/videos
-    checkpoint_every: int = 50_000  # steps between checkpoints; 0: only at the end
-    resume: str = ""  # checkpoint to continue from, its options being the defaults
+    device: Literal["cpu", "cuda"] = "cpu"  # where the networks compute; not kept by --resume
+    run_dir: str = ""  # where to write; default runs/<env-id>__<script>__<seed>__<time>
+    eval_episodes: int = 20  # greedy episodes of an evaluation, each cut after 100,000 steps
+    eval_every: int = 0  # steps between evaluations; 0: only at the end
+    capture_video: bool = False  # record the episodes of evaluations to <run-dir>/videos
+    checkpoint_every: int = 60  # seconds between checkpoints; 0: only when the run ends
+    resume: str = ""  # checkpoint to go on from; options left out are the checkpoint's
 
-
-# Networks -----------------------------------------------------------------------------------------
-
-
-class Policies:
-    """Deterministic policies π_θ of one shape; a row of θ holds the weights and biases of one.
-
-    Over a Discrete space they take the argmax of their outputs; over a Box the outputs themselves,
-    1 being the upper bound and -1 the lower where there are any, clipped to them.
-    """
-
-    def __init__(self, envs: gym.vector.VectorEnv, hidden: int, layers: int):
-        self.space = space = envs.single_action_space
-        self.discrete = isinstance(space, gym.spaces.Discrete)
-        if not self.discrete:
-            bounded = np.maximum(np.abs(space.low), np.abs(space.high)) < 1e9
-            low, high = np.where(bounded, space.low, -1), np.where(bounded, space.high, 1)
-            self.scale, self.shift = (high - low) / 2, (high + low) / 2
-        outputs = int(space.n) if self.discrete else math.prod(space.shape)
-        self.sizes = [envs.single_observation_space.shape[0], *[hidden] * layers, outputs]
-        self.dim = sum((i + 1) * o for i, o in pairwise(self.sizes))
-
-    def unpack(self, theta: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
-        """θ, (n, d), as the weights, (n, outputs, inputs), and biases, (n, outputs), of layers."""
-        layers, first = [], 0
-        for i, o in pairwise(self.sizes):
-            layer = theta[:, first : first + (i + 1) * o].reshape(-1, o, i + 1)
-            layers.append((layer[..., :i].copy(), layer[..., i].copy()))  # contiguous
-            first += (i + 1) * o
-        return layers
-
-    def act(self, layers: list, obs: np.ndarray) -> np.ndarray:
-        """What each policy does in its row of obs, (n, obs_dim), as environments take it."""
-        for weights, bias in layers[:-1]:
-            obs = np.tanh(np.matvec(weights, obs) + bias)
-        weights, bias = layers[-1]
-        output = np.matvec(weights, obs) + bias
-        if self.discrete:
-            return output.argmax(-1) + self.space.start
-        action = output.reshape(-1, *self.space.shape) * self.scale + self.shift
-        return action.clip(self.space.low, self.space.high).astype(self.space.dtype)
-
-
-def normaliser(count: Tensor, sums: Tensor):
-    """Standardise observations, as a function of arrays, and clip to [-10, 10]; at first nothing.
-
-    count of the observations so far, (); sums of them and of their squares, (2, obs_dim).
-    """
-    if count == 0:
-        return np.asarray
-    mean, square = (sums / count).numpy()
-    std = np.sqrt((square - mean**2).clip(1e-8))
-    return lambda x: ((x - mean) / std).clip(-10, 10).astype(np.float32)
-
-
-class Adam(nn.Module):
-    """torch's Adam on one vector θ, changed in place, with its state in buffers.
-
-    torch.optim.Adam is the same, but takes a second to import and three times as long a step.
-    """
-
-    def __init__(self, theta: Tensor):
-        super().__init__()
-        self.theta, self.steps = theta, nn.Buffer(torch.zeros((), device=theta.device))
-        self.m, self.v = nn.Buffer(torch.zeros_like(theta)), nn.Buffer(torch.zeros_like(theta))
-
-    def step(self, gradient: Tensor, learning_rate: float) -> None:
-        state = [self.m], [self.v], [], [self.steps]
-        options = {"lr": learning_rate, "beta1": 0.9, "beta2": 0.999, "eps": 1e-5}
-        options |= {"amsgrad": False, "maximize": False, "weight_decay": 0.0}
-        adam([self.theta], [gradient], *state, fused=not torch.compiler.is_compiling(), **options)
+    def __post_init__(self):
+        """Refuse an option of another type, choice or range; numpy's numbers become plain ones."""
+        for name, value in vars(self).items():
+            kind = Args.__annotations__[name]
+            kinds = get_args(kind) or [kind]  # choices, or types
+            value = value.item() if isinstance(value, np.generic) else value
+            value = float(value) if float in kinds and type(value) is int else value
+            setattr(self, name, value)
+            positive = int in kinds and name not in ("seed", "eval_every", "checkpoint_every")
+            low, high = LIMITS.get(name, (int(positive), 1e18))
+            fits = value in kinds or type(value) in kinds
+            if not fits or type(value) in (int, float) and not low <= value <= high:
+                raise Refusal(
+                    f"--{name.replace('_', '-')} {value} is not one of {kinds} from {low} to {high}"
+                )
+        if self.device == "cuda" and not torch.cuda.is_available():
+            raise Refusal("--device cuda: no GPU is available")
 
 
 # Equations ----------------------------------------------------------------------------------------
@@ -183,289 +151,389 @@ def nes_gradient(fitness, epsilon, sigma):
     return fitness @ epsilon / (len(fitness) * sigma)
 
 
+# Networks -----------------------------------------------------------------------------------------
+
+
+class RunningNorm(nn.Module):
+    """(x - mean) / deviation, those of all rows that include was given; clipped to [-10, 10]."""
+
+    def __init__(self, *shape):
+        super().__init__()
+        self.mean = nn.Buffer(torch.zeros(shape))
+        self.var = nn.Buffer(torch.ones(shape))
+        self.count = nn.Buffer(torch.zeros((), dtype=torch.float64))
+
+    @torch.no_grad()
+    def include(self, x):
+        """Add the rows of x, (B, *shape), of all processes."""
+        x = x.double() - self.mean
+        n, first, second = x.new_tensor(len(x)), x.sum(0), x.pow(2).sum(0)
+        all_sum(n, first, second)
+        total = self.count + n
+        shift = first / total
+        self.var.copy_(((self.count * self.var + second) / total - shift**2).clamp(min=0))
+        self.mean += shift
+        self.count.copy_(total)
+
+    def forward(self, x):
+        """(..., *shape) to the same."""
+        return ((x - self.mean) / (self.var + 1e-8).sqrt()).clamp(-10, 10)
+
+
+class Policies(nn.Module):
+    """Deterministic policies π_θ of one shape, tanh layers and a linear one; mu is one θ, (d,).
+
+    Once norm has been given observations, the policies see them normalised.
+    A row of θ holds the weights and biases of one policy. Over a Discrete space it takes the argmax
+    of its outputs; over a Box its outputs, 1 and -1 being the bounds where there are any.
+    """
+
+    def __init__(self, env, args):
+        super().__init__()
+        space = env.action_space
+        discrete = isinstance(space, gym.spaces.Discrete)
+        self.to_env = (lambda x: x.argmax(-1) + space.start) if discrete else box_actions(space)
+        outputs = int(space.n) if discrete else space.low.size
+        self.sizes = [env.observation_space.shape[0], *[args.hidden] * args.layers, outputs]
+        self.norm = RunningNorm(*env.observation_space.shape)
+        self.mu = nn.Buffer(torch.zeros(sum((i + 1) * o for i, o in pairwise(self.sizes))))
+
+    def unpack(self, theta):
+        """θ, (n, d), as the weights, (n, outputs, inputs), and biases, (n, outputs), of layers."""
+        layers, first = [], 0
+        for i, o in pairwise(self.sizes):
+            layer = theta[:, first : first + (i + 1) * o].reshape(-1, o, i + 1)
+            layers.append((layer[..., :i].copy(), layer[..., i].copy()))  # contiguous
+            first += (i + 1) * o
+        return layers
+
+    def actions(self, layers, obs):
+        """What each policy does at its row of obs, (n, obs_dim), as environments take it."""
+        if self.norm.count:
+            obs = self.norm(torch.as_tensor(obs).to(self.mu)).cpu().numpy()
+        for i, (weights, bias) in enumerate(layers):
+            obs = np.matvec(weights, np.tanh(obs) if i else obs) + bias
+        return self.to_env(obs)
+
+    def act(self, obs):
+        """Actions of the policy of mu at obs, (n, obs_dim), as the environment takes them."""
+        return self.actions(self.unpack(self.mu.float().cpu().numpy()[None]), obs)
+
+
+def make_policy(env, args):
+    """The policies for the spaces of env; mu is the one that is evaluated."""
+    return Policies(env, args)
+
+
+def box_actions(space):
+    """A function from actions (n, d) in [-1, 1] to those of the Box space, (n, *shape).
+
+    Dimensions without bounds are left as they are; of integers every level gets an equal part.
+    """
+    low, high = space.low.astype(np.float64), space.high.astype(np.float64)
+    bounded = (low > -1e9) & (high < 1e9)
+    least, most = np.where(bounded, low, -1), np.where(bounded, high, 1)
+    whole = space.dtype.kind in "iub"
+    scale, shift = (most - least + whole * bounded) / 2, (most + least) / 2
+
+    def to_env(action):
+        check_finite("an action of the policy", action)
+        action = action.reshape(-1, *space.shape) * scale + shift
+        return (action.round() if whole else action).clip(low, high).astype(space.dtype)
+
+    return to_env
+
+
 # Training -----------------------------------------------------------------------------------------
 
 
-def play_and_sum(
-    envs: gym.vector.VectorEnv, policies: Policies, theta: np.ndarray, seeds: np.ndarray, norm
-):
-    """Undiscounted return and length of one whole episode of each policy, (n,) each, and the sums
-    of the observations it acted on and of their squares, not yet normalised, (n, 2, obs_dim).
+def make_candidates(stack, env, args, n):
+    """n environments: gymnasium's own vector version where there is one, else a list.
 
-    A native vector environment steps all until the last one ends, which costs it little more; of
-    other environments only those whose episode goes on are stepped.
+    A vector version cannot begin all episodes from the same state, so --common-seeds takes a list.
     """
-    n, layers = len(theta), policies.unpack(theta)
-    returns, lengths = np.zeros((2, n))
-    running, live = np.ones(n, np.bool_), np.arange(n)
-    sums = np.zeros((n, 2, policies.sizes[0]))
-    single = getattr(envs.unwrapped, "envs", None)  # those of a SyncVectorEnv
-    if single:
-        flatten, space = gym.spaces.flatten, envs.unwrapped.single_observation_space
-        starts = [env.reset(seed=int(seed))[0] for env, seed in zip(single, seeds, strict=True)]
-        obs = np.stack([flatten(space, start) for start in starts]).astype(np.float32)
+    if env.spec.vector_entry_point and not args.common_seeds:
+        return stack.enter_context(closing(make_envs(args, n)))
+    return [stack.enter_context(make_env(args)) for _ in range(n)]
+
+
+def play(envs, policies, theta, seeds):
+    """One whole episode of each policy, cut after 100,000 steps where nothing ends it before.
+
+    theta: (n, d); seeds, of the environments: n integers. Returns the undiscounted returns and the
+    lengths, (n,) each; the observations acted on, (sum of lengths, obs_dim); and the number of
+    steps simulated. A vector environment steps all until the last has ended; a list only those
+    whose episode goes on.
+    """
+    n, layers, vector = len(theta), policies.unpack(theta), isinstance(envs, gym.vector.VectorEnv)
+    returns, lengths, reward = np.zeros((3, n))
+    running, ended = np.ones(n, bool), np.zeros(n, bool)
+    seen, steps = [], 0
+    if vector:
+        obs, _ = envs.reset(seed=seeds[0])
     else:
-        obs, _ = envs.reset(seed=int(seeds[0]))
-    for _ in range(100_000):  # there may be no time limit
-        seen = obs.astype(np.float64)
-        sums += np.stack([seen, seen**2], 1) * running[:, None, None]
-        if single:
-            reward, ended = np.zeros(n), np.zeros(n, np.bool_)
-            for i, action in zip(live, policies.act(layers, norm(obs[live])), strict=True):
-                next_obs, reward[i], terminated, truncated, _ = single[i].step(action)
-                obs[i] = flatten(space, next_obs)
-                ended[i] = terminated or truncated
-        else:
-            obs, reward, terminated, truncated, _ = envs.step(policies.act(layers, norm(obs)))
+        obs = np.float32([env.reset(seed=seed)[0] for env, seed in zip(envs, seeds)])
+    while running.any() and len(seen) < 100_000:
+        seen.append(obs[running])
+        actions = policies.actions(layers, obs)
+        if vector:
+            steps += n - ended.sum()  # a reset step simulates nothing
+            obs, reward, terminated, truncated, _ = envs.step(actions)
             ended = terminated | truncated
+        else:
+            steps += running.sum()
+            for i in np.flatnonzero(running):
+                obs[i], reward[i], terminated, truncated, _ = envs[i].step(actions[i])
+                ended[i] = terminated or truncated
         returns += reward * running
         lengths += running
         running &= ~ended
-        if not running.any():
-            break
-        if single and ended.any():
-            live = np.flatnonzero(running)
-            layers = policies.unpack(theta[live])
-    return returns, lengths, sums
+    seen = np.concatenate(seen)
+    check_finite("an observation or a reward", (seen, returns))
+    return returns, lengths, seen, steps
 
 
 def train(args: Args) -> np.ndarray:
     """Run the algorithm above; return the episode returns of the final evaluation."""
-    check(args)
-    rank, world = start_processes()
-    n, L, sigma, device = args.candidates, args.episodes, args.sigma, args.device
-    pair = 2 if args.antithetic else 1
-    if n % math.lcm(pair, world):
-        stop(f"--candidates {n} is not a multiple of {math.lcm(pair, world)}")
-    own = slice(rank * n // world, (rank + 1) * n // world)
+    n = args.candidates
+    with ExitStack() as stack:
+        rank, world, device = start_processes(stack, args.device)
+        pair = 2 if args.antithetic else 1
+        if n % math.lcm(pair, world):
+            raise Refusal(f"--candidates {n} is not a multiple of {math.lcm(pair, world)}")
+        own = slice(rank * n // world, (rank + 1) * n // world)
 
-    # 1. Initialise, alike in every process.
-    torch.set_num_threads(1)
-    mode = "sync" if args.common_seeds else None  # a native vector environment has one seed for all
-    envs = make_envs(args.env_id, n // world, vectorization_mode=mode)
-    policies = Policies(envs, args.hidden, args.layers)
-    search = nn.Module()  # what a checkpoint holds of the search distribution
-    search.mu = nn.Buffer(torch.zeros(policies.dim, device=device))
-    search.count = nn.Buffer(torch.zeros((), dtype=torch.float64))  # of observations
-    search.sums = nn.Buffer(torch.zeros(2, policies.sizes[0], dtype=torch.float64))
-    optimizer = Adam(search.mu)
+        # 1. Initialise, alike in every process.
+        stack.callback(torch.set_num_threads, torch.get_num_threads())
+        torch.set_num_threads(1)  # layers this small lose more to threads than they gain
+        env = stack.enter_context(make_env(args))
+        envs = make_candidates(stack, env, args, n // world)
+        policies = make_policy(env, args).to(device)
+        mu = policies.mu
+        adam = args.optimizer == "adam"
+        optimizer = torch.optim.Adam([mu], eps=1e-5) if adam else torch.optim.SGD([mu])
+        run = stack.enter_context(Run(args, rank, policy=policies, optimizer=optimizer))
+        optimizer.param_groups[0]["lr"] = args.learning_rate  # a checkpoint's may be another
 
-    def act(obs: np.ndarray) -> np.ndarray:
-        norm = normaliser(search.count, search.sums)
-        return policies.act(policies.unpack(search.mu.cpu().numpy()[None]), norm(obs))
+        while run.step < args.total_timesteps:
+            # 2. Sample candidates, the same in every process: the key is that of rank 0.
+            rng = np.random.default_rng([args.seed, run.step, 1])
+            epsilon = rng.standard_normal((n // pair, len(mu)), np.float32)
+            if args.antithetic:
+                epsilon = np.concatenate([epsilon, -epsilon])
+            epsilon = torch.from_numpy(epsilon).to(device)
+            theta = sample_around(mu, args.sigma, epsilon)
 
-    modules = {"search": search, "optimizer": optimizer}
-    # Every process counts the steps of all, so these have a mean where others have a sum.
-    run = Run(args, modules, act, rank, total=lambda x: all_gather(x[None]).mean(0))
-    while run.step < args.total_timesteps and not run.interrupted:
-        # 2. Sample candidates, the same in every process.
-        generator = torch.Generator(device).manual_seed(env_seed(args.seed, run.step, 0))
-        epsilon = torch.randn(n // pair, policies.dim, generator=generator, device=device)
-        if args.antithetic:
-            epsilon = torch.cat([epsilon, -epsilon])
-        theta = sample_around(search.mu, sigma, epsilon)
+            # 3. Fitness; each process plays its share.
+            seeds = rng.integers(2**29, size=(args.episodes, 1 if args.common_seeds else n))
+            seeds = np.broadcast_to(seeds, (args.episodes, n))[:, own].tolist()
+            episodes = [play(envs, policies, theta[own].cpu().numpy(), row) for row in seeds]
+            returns, lengths, seen, steps = zip(*episodes)
+            fitness = torch.zeros(n, dtype=torch.float64)  # that of other processes is added
+            fitness[own] = torch.from_numpy(np.mean(returns, 0))
+            simulated = torch.tensor(sum(steps), dtype=torch.float64)
+            all_sum(fitness, simulated)
 
-        # 3. Fitness; each process plays its share.
-        starts = 1 if args.common_seeds else n
-        seeds = np.random.SeedSequence([args.seed, run.step]).generate_state(L * starts) >> 3
-        seeds = seeds.reshape(L, starts).repeat(n // starts, 1)  # (L, n)
-        share, norm = theta[own].cpu().numpy(), normaliser(search.count, search.sums)
-        episodes = [play_and_sum(envs, policies, share, seeds[i, own], norm) for i in range(L)]
-        arrays = (torch.from_numpy(np.stack(x, 1)) for x in zip(*episodes, strict=True))
-        returns, lengths, sums = map(all_gather, arrays)  # (n, L), (n, L), (n, L, 2, obs_dim)
-        fitness = returns.mean(1)
+            # 4. Shape it.
+            weights = shape_fitness(fitness, args.shaping).to(mu)
 
-        # 4. Shape it.
-        weights = shape_fitness(fitness, args.shaping).float().to(device)
+            # 5. Estimate the gradient.
+            gradient = nes_gradient(weights, epsilon, args.sigma) - args.weight_decay * mu
 
-        # 5. Estimate the gradient.
-        gradient = nes_gradient(weights, epsilon, sigma) - args.weight_decay * search.mu
+            # 6. Step along it.
+            mu.grad = -gradient
+            optimizer.step()
 
-        # 6. Step along it.
-        if args.optimizer == "adam":
-            optimizer.step(-gradient, args.learning_rate)
-        else:
-            search.mu += args.learning_rate * gradient
+            # 7. Statistics of the observations, for the next generation.
+            if args.norm_obs:
+                policies.norm.include(torch.from_numpy(np.concatenate(seen)).to(device))
 
-        # 7. Statistics of the observations, for the next generation.
-        if args.norm_obs:
-            search.count += lengths.sum()
-            search.sums += sums.sum((0, 1))
-
-        run.episodes.extend(torch.stack([returns, lengths], -1).flatten(0, 1).tolist())
-        scalars = {"fitness": fitness.mean(), "best_fitness": fitness.max()}
-        scalars |= {"gradient_norm": gradient.norm(), "mu_norm": search.mu.norm()}
-        run.update(int(lengths.sum()), scalars)
-    return run.finish()
+            run.step += int(simulated)
+            run.episodes.extend(zip(np.ravel(returns), np.ravel(lengths)))
+            run.log(fitness=fitness.mean(), best_fitness=fitness.max())
+        return run.evaluate()
 
 
 # Plumbing -----------------------------------------------------------------------------------------
 
 
-def stop(message: str, status: int = 2) -> NoReturn:
-    """End the program with one line on stderr."""
-    print(f"{SCRIPT}.py: {message.splitlines()[0]}", file=sys.stderr)
-    sys.exit(status)
+class Refusal(Exception):
+    """What the script will not do or go on with, in one line for its user."""
 
 
-def check(args: Args) -> None:
-    """Stop at a number out of range; where LIMITS says nothing, sizes begin at 1, others at 0."""
-    for name, value in vars(args).items():
-        size = type(value) is int and name not in ("seed", "eval_every", "checkpoint_every")
-        low, high = LIMITS.get(name, (int(size), 1e18))
-        if isinstance(value, (int, float)) and not low <= value <= high:
-            stop(f"--{name.replace('_', '-')} {value} is out of range: {low} to {high}")
-    if args.device == "cuda" and not torch.cuda.is_available():
-        stop("--device cuda: no GPU is available")
-
-
-def start_processes() -> tuple[int, int]:
-    """Rank and number of the processes that torchrun started; (0, 1) without it."""
-    if "RANK" in os.environ and not dist.is_initialized():
-        dist.init_process_group()
-        atexit.register(dist.destroy_process_group)  # its threads, or they abort the exit
-    return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-
-
-def all_gather(x: Tensor) -> Tensor:
-    """The rows of x of torchrun's processes, as many in each, in the order of their ranks."""
+def start_processes(stack, device):
+    """Rank and number of torchrun's processes, 0 and 1 without it, and the device of this one."""
+    if not dist.is_torchelastic_launched():
+        return 0, 1, device
     if not dist.is_initialized():
-        return x
-    parts = [torch.empty_like(x) for _ in range(dist.get_world_size())]
-    dist.all_gather(parts, x)
-    return torch.cat(parts)
+        dist.init_process_group()
+    stack.enter_context(redirect_stdout(sys.stdout if dist.get_rank() == 0 else None))
+    own = f"cuda:{dist.get_node_local_rank(0)}" if device == "cuda" else device
+    return dist.get_rank(), dist.get_world_size(), own
 
 
-def env_seed(seed: int, step: int, rank: int) -> int:
-    """Seed, below 2²⁹, of what rank begins at step: environments and random numbers."""
-    return int(np.random.SeedSequence([seed, step, rank]).generate_state(1)[0]) >> 3
+def all_sum(*tensors, weight=1):
+    """Sum each tensor, times weight, over torchrun's processes, in place; returns the first."""
+    if dist.is_torchelastic_launched():
+        dist.all_reduce(vector := weight * nn.utils.parameters_to_vector(tensors))
+        nn.utils.vector_to_parameters(vector, tensors)
+    return tensors[0]
 
 
-def make_envs(env_id: str, n: int, **kwargs) -> gym.vector.VectorEnv:
-    """n copies of env_id, observations flat; the environment's own vector version if it has one."""
-    envs = gym.make_vec(env_id, n, **kwargs)
-    obs_space, action_space = envs.single_observation_space, envs.single_action_space
-    image = obs_space.dtype == np.uint8 and len(obs_space.shape) > 1
-    if image or not obs_space.is_np_flattenable or not isinstance(action_space, ACTION_SPACES):
-        names = " and ".join(space.__name__ for space in ACTION_SPACES)
-        stop(f"{env_id} maps {obs_space} to {action_space}; supported: no images, {names}")
-    flat = isinstance(obs_space, gym.spaces.Box) and len(obs_space.shape) == 1
+def make_envs(args, n):
+    """n copies of the environment as one: gymnasium's own vector version where there is one."""
+    envs = gym.make_vec(args.env_id, n, **json.loads(args.env_kwargs))
+    if (mode := envs.metadata.get("autoreset_mode")) != gym.vector.AutoresetMode.NEXT_STEP:
+        raise Refusal(f"{args.env_id} resets its episodes by {mode}; {SCRIPT}.py needs NEXT_STEP")
+    flat = gym.spaces.flatten_space(envs.single_observation_space) == envs.single_observation_space
     return envs if flat else gym.wrappers.vector.FlattenObservation(envs)
 
 
-def load_checkpoint(path: str, modules: dict) -> dict:
-    """Read what Run.save wrote, and restore modules from it."""
+def check_finite(what, x):
+    """Refuse to go on where a number in x, a nest of numbers and arrays, is not finite."""
+    for part in x.values() if isinstance(x, dict) else x if isinstance(x, (list, tuple)) else ():
+        check_finite(what, part)
+    if isinstance(x, (float, np.ndarray, Tensor)) and not math.isfinite(torch.as_tensor(x).sum()):
+        raise Refusal(f"not finite (nan or inf), so the last checkpoint is kept: {what}")
+
+
+def make_env(args, video=""):
+    """The environment with flat observations; with --capture-video it records to folder video."""
+    mistakes = gym.error.Error, ModuleNotFoundError, TypeError, ValueError
+    render = {"render_mode": "rgb_array"} if args.capture_video else {}
     try:
-        checkpoint = torch.load(path, "cpu", weights_only=True)
+        env = gym.make(args.env_id, **json.loads(args.env_kwargs), **render)
+        if args.capture_video:  # find out now whether it can draw itself
+            env.reset()
+            env.render()
+    except Exception if args.capture_video else mistakes as error:
+        raise Refusal(f"{args.env_id} {args.env_kwargs}: {type(error).__name__} {error}") from error
+    image = (obs_space := env.observation_space).dtype == np.uint8 and len(obs_space.shape) > 1
+    if image or not obs_space.is_np_flattenable or not isinstance(env.action_space, ACTION_SPACES):
+        raise Refusal(f"{SCRIPT}.py cannot learn {args.env_id}, {obs_space} to {env.action_space}")
+    env = gym.wrappers.FlattenObservation(env)
+    return gym.wrappers.RecordVideo(env, video, lambda _: True) if render and video else env
+
+
+def load(path, learner):
+    """The options and steps of the checkpoint at path, whose other parts go into learner."""
+    here = {"run_dir": "", "resume": "", "device": "cpu"}  # of this run and machine, not of that
+    try:
+        checkpoint = torch.load(path, "cpu", weights_only=True, mmap=True)
         if checkpoint["script"] != SCRIPT:
-            raise ValueError(f"it is of {checkpoint['script']}.py")
-        for name, module in modules.items():
-            module.load_state_dict(checkpoint[name])
-        return checkpoint | {"args": Args(**checkpoint["args"])}
+            raise Refusal(f"it is of {checkpoint['script']}.py")
+        for name, part in learner.items():
+            part.load_state_dict(checkpoint[name])
+        return Args(**checkpoint["args"] | here), checkpoint["env_steps"]
     except Exception as error:
-        stop(f"cannot resume from {path}: {type(error).__name__}: {str(error).splitlines()[-1]}")
+        why = error if isinstance(error, (OSError, Refusal)) else "damaged, or of other options"
+        raise Refusal(f"cannot resume from {path}: {why}") from error
 
 
-class Run:
-    """Steps, TensorBoard, progress bar, evaluations and checkpoints; only rank 0 writes."""
+class Run(AbstractContextManager):
+    """A run: its directory, generators, log, evaluations and checkpoints.
 
-    def __init__(self, args: Args, modules: dict, act, rank: int = 0, total=lambda x: x):
-        self.args, self.modules, self.act, self.rank, self.total = args, modules, act, rank, total
-        self.dir = args.run_dir or f"runs/{args.env_id}__{SCRIPT}__{args.seed}__{time.time():.0f}"
-        self.step = 0
-        if args.resume:
-            self.dir = args.run_dir or os.path.dirname(args.resume) or "."
-            self.step = load_checkpoint(args.resume, modules)["env_steps"]
-        torch.manual_seed(env_seed(args.seed, self.step, rank))
-        self.first_step, self.start_time = self.step, time.time()
-        self.episodes = deque(maxlen=100)  # (return, length) of the latest
-        self.writer = SummaryWriter(self.dir, purge_step=self.step + 1) if rank == 0 else None
-        self.bar = tqdm(total=args.total_timesteps, initial=self.step, disable=rank > 0 or None)
-        self.signalled = self.interrupted = False  # in this process; in any, as all have agreed
-        signal.signal(signal.SIGINT, lambda *_: setattr(self, "signalled", True))
+    `episodes`: (return, length) of the latest that ended; `learner`: all that a checkpoint keeps.
+    On an exception, Ctrl-C and SIGTERM too, it saves before it leaves; on a Refusal it does not.
+    """
 
-    def update(self, steps: int, losses: dict[str, Tensor]) -> None:
-        """Add the steps of all processes; log; evaluate and save where it is time to."""
-        counts = self.total(torch.tensor([steps, self.signalled], dtype=torch.float64))
-        last_step, self.step = self.step, self.step + round(counts[0].item())
-        self.interrupted = counts[1].item() > 0
-        scalars = {f"losses/{name}": loss.item() for name, loss in losses.items()}
-        if not all(map(math.isfinite, scalars.values())):
-            stop(f"not finite at step {self.step}, so the last checkpoint is kept: {scalars}", 1)
-        if self.rank > 0:
-            return
-        scalars["charts/SPS"] = (self.step - self.first_step) / (time.time() - self.start_time)
+    def __init__(self, args, rank=0, **learner):
+        self.args, self.rank, self.learner, self.episodes = args, rank, learner, deque(maxlen=100)
+        self.step = load(args.resume, learner)[1] if args.resume else 0
+        self.next_save = 0 if args.checkpoint_every else math.inf  # in seconds since the epoch
+        self.seed()
+        new = f"runs/{args.env_id}__{SCRIPT}__{args.seed}__{time.time():.6f}"
+        self.dir = args.run_dir or os.path.dirname(args.resume) or new
+        path = os.path.abspath(f"{self.dir}/checkpoint.pt")
+        if os.path.exists(path) and path != os.path.abspath(args.resume):
+            raise Refusal(f"--run-dir {self.dir} holds a checkpoint: resume it, or take another")
+        try:
+            self.dir += f"__rank{rank}" if rank > 0 else ""
+            os.makedirs(self.dir, exist_ok=self.dir != new)
+            self.writer = SummaryWriter(self.dir, purge_step=self.step + 1)
+        except OSError as error:
+            raise Refusal(f"--run-dir {self.dir}: {error.strerror}") from error
+        self.writer.add_text("options", "\n".join(f"    {k}: {v}" for k, v in vars(args).items()))
+        self.bar = tqdm(None, self.dir, args.total_timesteps, initial=self.step, disable=False)
+        self.bar.mininterval = 0.1 if sys.stderr.isatty() else 30  # seconds
+
+    def __exit__(self, kind, error, traceback):
+        self.bar.close()
+        self.writer.close()
+        if error and not isinstance(error, Refusal):
+            self.save()
+            print(f"saved: --resume {self.dir}/checkpoint.pt goes on", file=sys.stderr)
+
+    def seed(self):
+        """Key all generators by (seed, step, rank), so that they are the same after a resume."""
+        self.rng = np.random.default_rng([self.args.seed, self.step, self.rank + 1])
+        for set_seed in random.seed, np.random.seed, torch.manual_seed:
+            set_seed(int(self.rng.integers(2**32)))
+
+    def log(self, **losses):
+        """Write to the log; evaluate and save where it is time to; key the generators anew."""
+        scalars = {f"losses/{name}": torch.as_tensor(x).item() for name, x in losses.items()}
+        check_finite(f"{scalars} at step {self.step}", scalars)
+        scalars["charts/SPS"] = (self.step - self.bar.initial) / self.bar.format_dict["elapsed"]
         if self.episodes:
             mean_return, scalars["charts/episodic_length"] = np.mean(self.episodes, 0)
             scalars["charts/episodic_return"] = mean_return
             self.bar.set_postfix_str(f"return {mean_return:.1f}", False)
         for name, value in scalars.items():
             self.writer.add_scalar(name, value, self.step)
-        self.bar.update(self.step - last_step)
-        args = self.args
-        for every, task in (args.eval_every, self.evaluate), (args.checkpoint_every, self.save):
-            if every > 0 and self.step // every > last_step // every:
-                task()
-
-    def save(self) -> None:
-        """Write the checkpoint aside, then put it in the place of the last one."""
-        checkpoint = {name: module.state_dict() for name, module in self.modules.items()}
-        checkpoint |= {"script": SCRIPT, "env_steps": self.step}
-        checkpoint["args"] = vars(self.args) | {"run_dir": "", "resume": ""}
-        self.writer.flush()
-        torch.save(checkpoint, f"{self.dir}/checkpoint.tmp")
-        os.replace(f"{self.dir}/checkpoint.tmp", f"{self.dir}/checkpoint.pt")
-
-    def evaluate(self) -> np.ndarray:
-        """Undiscounted returns of --eval-episodes whole episodes, on seeds training never sees.
-
-        Each environment plays one: of the first to end among many, too many would be short. For a
-        video they are played in turn.
-        """
-        env_id, episodes = self.args.env_id, self.args.eval_episodes
-        if self.args.capture_video:
-            options = {"name_prefix": f"step-{self.step}", "episode_trigger": lambda _: True}
-            envs = make_envs(env_id, 1, render_mode="rgb_array")
-            envs = gym.wrappers.vector.RecordVideo(envs, f"{self.dir}/videos", **options)
-        else:
-            envs = make_envs(env_id, episodes)
-        returns = np.zeros(episodes)
-        for first in range(0, episodes, envs.num_envs):
-            obs, _ = envs.reset(seed=2**30 + env_seed(self.args.seed, 0, 0) + first)
-            running = np.ones(envs.num_envs, np.bool_)
-            for _ in range(100_000):  # there may be no time limit
-                obs, reward, terminated, truncated, _ = envs.step(self.act(obs))
-                returns[first : first + envs.num_envs] += reward * running
-                running &= ~(terminated | truncated)
-                if not running.any():
-                    break
-        envs.close()
-        self.writer.add_scalar("charts/eval_return", returns.mean(), self.step)
-        return returns
-
-    def finish(self) -> np.ndarray:
-        """The last checkpoint, the final evaluation and the line of results."""
-        self.bar.close()
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        if self.rank > 0:
-            return np.zeros(0)
-        if self.step > self.first_step:
+        if self.args.eval_every and self.step % self.args.eval_every < self.step - self.bar.n:
+            self.evaluate()
+        self.bar.update(self.step - self.bar.n)
+        if time.time() > self.next_save or self.step >= self.args.total_timesteps:
             self.save()
-        if self.interrupted:
-            stop(f"stopped at step {self.step}; --resume {self.dir}/checkpoint.pt goes on", 130)
-        returns = self.evaluate()
-        self.writer.close()
-        wall = time.time() - self.start_time
+        self.seed()
+
+    def save(self):
+        """Write the checkpoint aside, then put it in the place of the last one."""
+        began = time.time()
+        checkpoint = {name: part.state_dict() for name, part in self.learner.items()}
+        check_finite("weights or data", checkpoint)
+        checkpoint |= {"script": SCRIPT, "env_steps": self.step, "args": vars(self.args)}
+        try:
+            with open(f"{self.dir}/checkpoint.tmp", "wb") as file:
+                torch.save(checkpoint, file)
+            os.replace(f"{self.dir}/checkpoint.tmp", f"{self.dir}/checkpoint.pt")
+        except (OSError, RuntimeError) as error:
+            Path(f"{self.dir}/checkpoint.tmp").unlink(missing_ok=True)
+            raise Refusal(f"cannot write to {self.dir}: {error.__context__ or error}") from error
+        self.next_save = time.time() + max(self.args.checkpoint_every, 10 * (time.time() - began))
+
+    def evaluate(self):
+        """Returns, not discounted, of episodes on seeds that training never sees, and their line.
+
+        An episode that has not ended after 100,000 steps is cut there.
+        """
+        args, returns = self.args, np.zeros(self.args.eval_episodes)
+        with make_env(args, f"{self.dir}/videos/{self.step}") as env:
+            for episode in range(args.eval_episodes):
+                obs, _ = env.reset(seed=2**30 + (1000 * args.seed + episode) % 2**30)
+                for _ in range(100_000):
+                    obs, reward, *ends, _ = env.step(self.learner["policy"].act(obs[None])[0])
+                    returns[episode] += reward
+                    if any(ends):
+                        break
+        self.writer.add_scalar("charts/eval_return", returns.mean(), self.step)
+        took = self.bar.format_dict["elapsed"]
         print(f"eval_return_mean={returns.mean():.2f} eval_return_std={returns.std():.2f}", end=" ")
-        print(f"eval_episodes={len(returns)} env_steps={self.step} wall_seconds={wall:.1f}")
+        print(f"eval_episodes={len(returns)} env_steps={self.step} wall_seconds={took:.1f}")
         return returns
 
 
 if __name__ == "__main__":
-    args = tyro.cli(Args)
-    if args.resume:  # what the command line leaves out is as in the checkpoint
-        args = tyro.cli(Args, default=load_checkpoint(args.resume, {})["args"])
+    for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(n) != signal.SIG_IGN:  # nohup ignores SIGHUP
+            # The run saves on its way out; a second signal of the kind ends it at once.
+            signal.signal(n, lambda n, _: (signal.signal(n, signal.SIG_DFL), sys.exit(128 + n)))
     try:
+        args = tyro.cli(Args, description=__doc__.splitlines()[0])
+        if args.resume:  # what the command line leaves out is as in the checkpoint
+            args = tyro.cli(Args, default=load(args.resume, {})[0])
         train(args)
-    except (gym.error.Error, ImportError, OSError) as error:
-        stop(f"{type(error).__name__}: {error}")
+    except Refusal as error:
+        print(f"{SCRIPT}.py: {str(error).splitlines()[0]}", file=sys.stderr)
+        sys.exit(2)

@@ -1,206 +1,131 @@
-"""Twin Delayed DDPG: two critics, of which the lower is believed, and an actor that waits for them.
+r"""Twin Delayed DDPG: two critics, the lower believed, and an actor that waits for them.
 
-Derivations: "Option 2: Off-Policy Actor-Critic with a Learned Q-Function",
+Derivations: "DDPG and TD3: The Full Algorithm",
 "DDPG and TD3: Off-Policy Actor-Critic for Continuous Actions",
-"DDPG and TD3: The Full Algorithm", "Summary: DDPG vs TD3 vs SAC"; all else as in ddpg.py.
+"The Deterministic Policy Gradient: How Backprop Works Through the Critic",
+"Is there a separate policy $\mu$?", "Summary: DDPG vs TD3 vs SAC"; of earlier sections
+"Option 2: Off-Policy Actor-Critic with a Learned Q-Function",
+"Key Hyperparameters and Design Choices".
 
     1.  Initialise the actor π_θ, critics Q_1, Q_2 of weights φ, targets equal to them and an empty
         buffer D.
-    2.  Act: uniformly at random during burn-in, else a = π_θ(s) + σ ε, clipped; ε ~ N(0, 1).
-    3.  Store (s, a, r, s', f) in D: f = γ (1 - terminated), the factor of the value of s'.
+    2.  Act: uniformly at random during burn-in, else a = clip(π_θ(s) + σ ε, -1, 1), ε ~ N(0, 1).
+    3.  Store (s, a, r, s', discount) in D: discount = γ (1 - terminated).
     4.  Sample a batch of D, as often as the update-to-data ratio says.
-    5.  a' = π_target(s') + clip(σ_target ε, -c, c), clipped;   y = r + f min_i Q_i,target(s', a')
+    5.  a' = clip(π_target(s') + clip(σ_target ε, -c, c), -1, 1),
+        y = r + discount min_i Q_i,target(s', a')
     6.  One Adam step on φ down the gradient of Σ_i E[(Q_i(s, a) - y)²].
-    7.  Every d updates: one Adam step on θ up the gradient of E[Q_1(s, π_θ(s))]
-    8.  and targets: φ_target = (1 - τ) φ_target + τ φ, θ_target alike; repeat from 2.
+    7.  Every d of these: one Adam step on θ up the gradient of E[Q_1(s, π_θ(s))], and
+    8.  targets: φ_target = (1 - τ) φ_target + τ φ, θ_target alike. Repeat from 2.
 
-Notation: s, s' -> obs, next_obs -> (B, obs_dim);  a -> action -> (B, action_dim), in [-1, 1], which
-the environment's low to high are scaled to;  r, f -> reward, bootstrap -> (B,);  Q_i -> q ->
-(2, B), a row a critic;  θ, φ -> theta, phi;  y -> td_target -> (B,).
+Notation: s, s' -> obs, next_obs -> (B, obs_dim);  a, a' -> action, next_action -> (B, action_dim),
+in [-1, 1], which the environment's bounds are scaled to;  r -> reward -> (B,);  Q_i -> q ->
+(2, B), a row for each critic;  y -> td_target -> (B,).  What is sampled from D is called b_obs,
+b_action, ...
 
-A time limit (truncated) does not end the value: only terminated does. The document takes a' from
-the current policy; here, as in the paper, it is the target actor's. Weights begin as torch's, but
-those of the actor's last layer as in ddpg.py.
+A time limit (truncated) does not end the value: only terminated does.
 
-Paper: Fujimoto et al. 2018, Addressing Function Approximation Error in Actor-Critic, 1802.09477.
+Beyond the document: it takes a' from the current policy, we take it from the target actor, as the
+paper does. Adam takes the gradient steps, with torch's own ε. Unlike the paper's, our actor's last
+layer begins near 0, as that of DDPG's paper does. Layers of 256 units, batches of 256 and 1,000
+steps of burn-in are not the paper's either: they suit short tasks.
+
+Logged: start_value is min_i Q_i at the first observations of the latest episodes, for the actor's
+action; start_return the discounted return that followed, exploration included.
+
+Paper: Fujimoto et al. 2018, Addressing Function Approximation Error in Actor-Critic Methods, arXiv
+1802.09477.
 """
 
+# /// script
+# requires-python = ">=3.11"
+# dependencies = [
+#     "gymnasium[classic-control,box2d,mujoco]==1.4.0",
+#     "moviepy==2.2.1",
+#     "mujoco==3.8.1",
+#     "numpy==2.4.6",
+#     "tensorboard==2.21.0",
+#     "torch==2.13.0",
+#     "tqdm==4.70.1",
+#     "tyro==1.0.17",
+# ]
+# ///
+
 import copy
+import dataclasses
+import json
 import math
 import os
+import random
 import signal
 import sys
 import time
 from collections import deque
-from dataclasses import dataclass
-from typing import Literal, NoReturn
+from contextlib import AbstractContextManager, ExitStack
+from pathlib import Path
+from typing import Literal, get_args
 
 import gymnasium as gym
 import numpy as np
 import torch
 import tyro
-from torch import Tensor, nn
+from torch import Tensor, distributed as dist, nn
 from torch.func import functional_call
-from torch.nn.utils import parameters_to_vector, vector_to_parameters
-from torch.optim.adam import adam
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 SCRIPT = "td3"
 LOG_EVERY = 200  # environment steps
 ACTION_SPACES = (gym.spaces.Box,)
-LIMITS = {"gamma": (0, 1), "tau": (0, 1)}
+LIMITS = {"gamma": (0, 1), "tau": (0, 1)}  # least and most
 
 
-@dataclass
+@dataclasses.dataclass
 class Args:
     total_timesteps: int = 20_000  # environment steps
-    burn_in: int = 1_000  # steps of random actions before the first update
-    sigma: float = 0.1  # σ, deviation of the exploration noise, 1 being half the action's range
+    burn_in: int = 1_000  # steps of random actions before the first update, 1 at least
+    sigma: float = 0.1  # σ, deviation of the exploration noise; 1 is half an action's range
     target_sigma: float = 0.2  # σ_target, deviation of the noise on the target's action
-    noise_clip: float = 0.5  # c, where that noise is clipped
-    actor_every: int = 2  # d, critic updates per update of actor and targets
+    noise_clip: float = 0.5  # c, where that noise is clipped, on both sides
+    actor_every: int = 2  # d, updates of the critics to one of the actor and the targets
     gamma: float = 0.99  # γ, the discount
-    buffer_size: int = 1_000_000  # transitions kept, the oldest is overwritten
-    batch_size: int = 256  # transitions in an update
-    utd: float = 1.0  # updates per environment step: 0.25 is one in four steps, 4 four a step
+    buffer_size: int = 1_000_000  # transitions kept; the oldest are overwritten
+    batch_size: int = 256  # B, transitions in an update
+    utd: float = 1.0  # update-to-data ratio: updates of the critics per environment step
     learning_rate: float = 1e-3  # Adam's step size, of all networks
-    tau: float = 0.005  # τ, share of the learned weights in an update of the targets
+    tau: float = 0.005  # τ, share of the learning networks in an update of the targets
     hidden: int = 256  # units in each of the two hidden layers
 
     env_id: str = "Pendulum-v1"  # gymnasium id; module:Name-v0 imports module first
+    env_kwargs: str = "{}"  # arguments of the environment, as a JSON object
     seed: int = 1  # same seed, same machine: same weights, bit for bit
-    device: Literal["cpu", "cuda"] = "cpu"  # where networks and rollouts are kept
-    run_dir: str = ""  # default: runs/<env-id>__<script>__<seed>__<time>
-    eval_episodes: int = 20  # episodes in each evaluation, greedy or mean action
-    eval_every: int = 0  # also evaluate every so many steps; 0: only at the end
-    capture_video: bool = False  # record the evaluation episodes to <run-dir>/videos
-    checkpoint_every: int = 50_000  # steps between checkpoints; 0: only at the end
-    resume: str = ""  # checkpoint to continue from, its options being the defaults
+    device: Literal["cpu", "cuda"] = "cpu"  # where the networks compute; not kept by --resume
+    run_dir: str = ""  # where to write; default runs/<env-id>__<script>__<seed>__<time>
+    eval_episodes: int = 20  # greedy episodes of an evaluation, each cut after 100,000 steps
+    eval_every: int = 0  # steps between evaluations; 0: only at the end
+    capture_video: bool = False  # record the episodes of evaluations to <run-dir>/videos
+    checkpoint_every: int = 60  # seconds between checkpoints; 0: only when the run ends
+    resume: str = ""  # checkpoint to go on from; options left out are the checkpoint's
 
-
-# Networks -----------------------------------------------------------------------------------------
-
-
-class Actor(nn.Module):
-    """h_θ(s), of which the policy π_θ is made: two ReLU layers and a linear one."""
-
-    def __init__(self, obs_dim: int, space: gym.spaces.Box, hidden: int, outputs: int):
-        super().__init__()
-        layers = nn.Linear(obs_dim, hidden), nn.Linear(hidden, hidden), nn.Linear(hidden, outputs)
-        self.layers, self.space = nn.ModuleList(layers), space
-        self.scale, self.shift = (space.high - space.low) / 2, (space.high + space.low) / 2
-
-    def forward(self, obs: Tensor) -> Tensor:
-        """(B, obs_dim) to (B, outputs)."""
-        first, second, last = self.layers
-        return last(second(first(obs).relu_()).relu_())
-
-    def in_numpy(self):
-        """forward, with the present weights, of arrays: for few rows a quarter of torch's time."""
-        arrays = (x.detach().cpu().numpy().T for x in self.layers.parameters())
-        w_1, b_1, w_2, b_2, w_3, b_3 = arrays
-        return lambda x: np.maximum(np.maximum(x @ w_1 + b_1, 0) @ w_2 + b_2, 0) @ w_3 + b_3
-
-    def to_env(self, action: np.ndarray) -> np.ndarray:
-        """Actions in [-1, 1] in the environment's units, (N, *shape)."""
-        action = action.reshape(-1, *self.space.shape) * self.scale + self.shift
-        return action.clip(self.space.low, self.space.high).astype(self.space.dtype)
-
-
-class QNetworks(nn.Module):
-    """Q_φ(s, a) of `count` critics side by side, each two ReLU layers and a linear one."""
-
-    def __init__(self, obs_dim: int, action_dim: int, hidden: int, count: int):
-        super().__init__()
-        inputs = obs_dim + action_dim
-
-        def uniform(fan_in: int, *shape: int) -> nn.Parameter:  # as nn.Linear does
-            return nn.Parameter((2 * torch.rand(count, *shape) - 1) / math.sqrt(fan_in))
-
-        self.w_1, self.b_1 = uniform(inputs, inputs, hidden), uniform(inputs, 1, hidden)
-        self.w_2, self.b_2 = uniform(hidden, hidden, hidden), uniform(hidden, 1, hidden)
-        self.w_3, self.b_3 = uniform(hidden, 1, hidden), uniform(hidden, 1)
-
-    def forward(self, obs: Tensor, action: Tensor) -> Tensor:
-        """(B, obs_dim) and (B, action_dim) to (count, B)."""
-        x = torch.cat([obs, action], -1).expand(len(self.w_1), -1, -1)
-        x = torch.baddbmm(self.b_1, x, self.w_1).relu_()
-        x = torch.baddbmm(self.b_2, x, self.w_2).relu_()
-        return (x * self.w_3).sum(-1) + self.b_3
-
-
-def as_vector(net: nn.Module) -> Tensor:
-    """The parameters of net as one vector, of which they become views."""
-    parameters = list(net.parameters())
-    theta = parameters_to_vector(parameters).detach()
-    vector_to_parameters(theta, parameters)
-    return theta
-
-
-def gradient_of(loss: Tensor, net: nn.Module) -> Tensor:
-    """∇ loss in the parameters of net, as one vector; that of other networks is not computed."""
-    gradient = torch.autograd.grad(loss, [*net.parameters()])
-    return torch.cat([g.flatten() for g in gradient])
-
-
-class Adam(nn.Module):
-    """torch's Adam on one vector θ, changed in place, with its state in buffers.
-
-    torch.optim.Adam is the same, but takes a second to import and three times as long a step.
-    """
-
-    def __init__(self, theta: Tensor):
-        super().__init__()
-        self.theta, self.steps = theta, nn.Buffer(torch.zeros((), device=theta.device))
-        self.m, self.v = nn.Buffer(torch.zeros_like(theta)), nn.Buffer(torch.zeros_like(theta))
-
-    def step(self, gradient: Tensor, learning_rate: float) -> None:
-        state = [self.m], [self.v], [], [self.steps]
-        options = {"lr": learning_rate, "beta1": 0.9, "beta2": 0.999, "eps": 1e-5}
-        options |= {"amsgrad": False, "maximize": False, "weight_decay": 0.0}
-        adam([self.theta], [gradient], *state, fused=not torch.compiler.is_compiling(), **options)
-
-
-# Buffer -------------------------------------------------------------------------------------------
-
-
-class ReplayBuffer:
-    """The last `size` transitions (s, a, R, s', f), in numpy, whose rows are cheap to write."""
-
-    def __init__(self, size: int, obs: np.ndarray, action: np.ndarray):
-        like = obs, action, np.float32(0), obs, np.float32(0)
-        needed = size * sum(x.nbytes for x in like) / 2**30
-        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
-        if needed > 0.8 * memory:
-            stop(f"--buffer-size {size} needs {needed:.1f} GiB of the {memory:.1f} there are")
-        if needed > 1:
-            print(f"{SCRIPT}.py: the replay buffer grows to {needed:.1f} GiB", file=sys.stderr)
-        self.added, self.data = 0, [np.zeros((size, *x.shape), x.dtype) for x in like]
-
-    def add(self, *transition) -> None:
-        """Write one transition, over the oldest one when full."""
-        for rows, value in zip(self.data, transition, strict=True):
-            rows[self.added % len(rows)] = value
-        self.added += 1
-
-    def sample(self, batch_size: int, rng: np.random.Generator, device: str) -> list[Tensor]:
-        """Transitions drawn uniformly, with replacement, (B, ...) each."""
-        i = rng.integers(min(self.added, len(self.data[0])), size=batch_size)
-        return [torch.from_numpy(rows[i]).to(device) for rows in self.data]
-
-    def state_dict(self) -> dict:
-        """What a checkpoint holds: the rows written so far."""
-        data = [torch.from_numpy(rows[: self.added]).clone() for rows in self.data]
-        return {"added": self.added, "data": data}
-
-    def load_state_dict(self, state: dict) -> None:
-        """Take the rows of a checkpoint; ValueError where they do not fit."""
-        self.added = state["added"]
-        for rows, saved in zip(self.data, state["data"], strict=True):
-            if len(saved) != min(self.added, len(rows)):
-                raise ValueError(f"its buffer holds {len(saved)} transitions: --buffer-size")
-            rows[: len(saved)] = saved
+    def __post_init__(self):
+        """Refuse an option of another type, choice or range; numpy's numbers become plain ones."""
+        for name, value in vars(self).items():
+            kind = Args.__annotations__[name]
+            kinds = get_args(kind) or [kind]  # choices, or types
+            value = value.item() if isinstance(value, np.generic) else value
+            value = float(value) if float in kinds and type(value) is int else value
+            setattr(self, name, value)
+            positive = int in kinds and name not in ("seed", "eval_every", "checkpoint_every")
+            low, high = LIMITS.get(name, (int(positive), 1e18))
+            fits = value in kinds or type(value) in kinds
+            if not fits or type(value) in (int, float) and not low <= value <= high:
+                raise Refusal(
+                    f"--{name.replace('_', '-')} {value} is not one of {kinds} from {low} to {high}"
+                )
+        if self.device == "cuda" and not torch.cuda.is_available():
+            raise Refusal("--device cuda: no GPU is available")
+        if dist.is_torchelastic_launched():
+            raise Refusal(f"{SCRIPT}.py does not run under torchrun")
 
 
 # Equations ----------------------------------------------------------------------------------------
@@ -215,6 +140,15 @@ def explore(action, noise, sigma):
     return (action + sigma * noise).clip(-1, 1)
 
 
+def one_step_discount(gamma, terminated):
+    """γ (1 - terminated), the factor of what follows s'
+    [Option 2: Off-Policy Actor-Critic with a Learned Q-Function, eq. 3]
+
+    The document does not write that no value follows a terminal state. Returns a number in [0, 1].
+    """
+    return gamma * (1 - terminated)
+
+
 def smooth(action, noise, target_sigma, noise_clip):
     """a' = clip(π(s') + clip(σ_target ε, -c, c), -1, 1)   [DDPG and TD3: The Full Algorithm, eq. 2]
 
@@ -223,305 +157,407 @@ def smooth(action, noise, target_sigma, noise_clip):
     return (action + (target_sigma * noise).clip(-noise_clip, noise_clip)).clip(-1, 1)
 
 
-def td3_target(reward, bootstrap, q_next):
-    """y = r + f min_i Q_i,target(s', a')   [DDPG and TD3: The Full Algorithm, eq. 2]
+def td3_target(reward, discount, q_next):
+    """y = r + discount min_i Q_i,target(s', a')   [DDPG and TD3: The Full Algorithm, eq. 2]
 
-    reward r, bootstrap f: (B,); q_next Q_i,target(s', a'): (2, B). Returns (B,), units of reward.
+    reward r, discount: (B,); q_next Q_i,target(s', a'): (2, B). Returns (B,), in units of reward.
     """
-    return reward + bootstrap * q_next.amin(0)
+    return reward + discount * q_next.amin(0)
 
 
 def critic_loss(q, td_target):
-    """L = Σ_i E[(Q_i(s, a) - y)²]
+    """L = Σ_i E[(Q_i(s, a) - y)²], over the critics i that there are
     [Option 2: Off-Policy Actor-Critic with a Learned Q-Function, eq. 2]
 
-    Of each critic i as in [DDPG and TD3: The Full Algorithm, eq. 1].
-    q: (count, B); td_target y: (B,). Returns (), to be minimised, in squared units of reward.
+    Of each critic as in [DDPG and TD3: The Full Algorithm, eq. 1]. td_target y: (B,); q: (B,) of
+    one critic, (2, B) of two. Returns (), to be minimised, in squared units of reward.
     """
     return (q - td_target).pow(2).mean(-1).sum()
 
 
-def actor_loss(q):
-    """L = -E[Q_φ(s, π_θ(s))]
+def deterministic_actor_loss(q):
+    """L = -E[Q(s, π_θ(s))]
     [DDPG and TD3: Off-Policy Actor-Critic for Continuous Actions, eq. 1]
 
-    The negative of what [DDPG and TD3: The Full Algorithm, eq. 4] climbs.
-    q Q_φ(s, π_θ(s)): (1, B). Returns (), to be minimised, in units of reward.
+    The negative of what [DDPG and TD3: The Full Algorithm, eq. 4] climbs. q Q(s, π_θ(s)), of the
+    first critic where there are two: (B,). Returns (), to be minimised, in units of reward.
     """
     return -q.mean()
+
+
+def updates_due(steps, burn_in, utd):
+    """⌊UTD · steps after burn-in⌋   [Key Hyperparameters and Design Choices]
+
+    Returns how many updates there should have been after so many environment steps.
+    """
+    return math.floor(utd * max(steps - burn_in, 0))
+
+
+@torch.no_grad()
+def soft_update(target, theta, tau):
+    """θ_target ← (1 - τ) θ_target + τ θ   [Key Hyperparameters and Design Choices, eq. 1]
+
+    target θ_target, theta θ: lists of tensors, of which the first is changed in place.
+    """
+    torch._foreach_lerp_(target, theta, tau)
+
+
+# Networks -----------------------------------------------------------------------------------------
+
+
+class Actor(nn.Sequential):
+    """π_θ(s): two ReLU layers and a tanh one, (B, obs_dim) to (B, action_dim), in [-1, 1]."""
+
+    def __init__(self, env, hidden):
+        first = nn.Linear(env.observation_space.shape[0], hidden)
+        last = nn.Linear(hidden, env.action_space.low.size)
+        relu = nn.ReLU(inplace=True)  # saves time
+        super().__init__(first, relu, nn.Linear(hidden, hidden), relu, last, nn.Tanh())
+        for x in last.parameters():
+            nn.init.uniform_(x, -3e-3, 3e-3)  # so that actions begin near 0, where tanh is steep
+        self.to_env = box_actions(env.action_space)
+
+    def act(self, obs):
+        """π_θ(s) at obs, (n, obs_dim), as the environment takes actions, (n, *shape)."""
+        action = self(torch.as_tensor(obs).to(self[0].weight))
+        return self.to_env(action.detach().cpu().numpy())
+
+
+class QNetworks(nn.Module):
+    """Q_φ(s, a) of `count` critics side by side, each two ReLU layers and a linear one."""
+
+    def __init__(self, env, hidden, count):
+        super().__init__()
+        inputs = env.observation_space.shape[0] + env.action_space.low.size
+
+        def uniform(fan_in, *shape):  # as nn.Linear begins
+            return nn.Parameter((2 * torch.rand(count, *shape) - 1) / math.sqrt(fan_in))
+
+        self.w_1, self.b_1 = uniform(inputs, inputs, hidden), uniform(inputs, 1, hidden)
+        self.w_2, self.b_2 = uniform(hidden, hidden, hidden), uniform(hidden, 1, hidden)
+        self.w_3, self.b_3 = uniform(hidden, 1, hidden), uniform(hidden, 1)
+
+    def forward(self, obs, action):
+        """(B, obs_dim) and (B, action_dim) to (count, B)."""
+        x = torch.cat([obs, action], -1).expand(len(self.w_1), -1, -1)
+        x = torch.baddbmm(self.b_1, x, self.w_1).relu_()
+        x = torch.baddbmm(self.b_2, x, self.w_2).relu_()
+        return (x * self.w_3).sum(-1) + self.b_3
+
+
+def make_policy(env, args):
+    """The policy for the spaces of env, whose actions must have finite bounds."""
+    space = env.action_space
+    if max(np.abs(space.low).max(), np.abs(space.high).max()) > 1e9:
+        raise Refusal(f"{args.env_id} takes actions of {space}; {SCRIPT}.py needs finite bounds")
+    return Actor(env, args.hidden)
+
+
+def box_actions(space):
+    """A function from actions (n, d) in [-1, 1] to those of the Box space, (n, *shape).
+
+    Dimensions without bounds are left as they are; of integers every level gets an equal part.
+    """
+    low, high = space.low.astype(np.float64), space.high.astype(np.float64)
+    bounded = (low > -1e9) & (high < 1e9)
+    least, most = np.where(bounded, low, -1), np.where(bounded, high, 1)
+    whole = space.dtype.kind in "iub"
+    scale, shift = (most - least + whole * bounded) / 2, (most + least) / 2
+
+    def to_env(action):
+        check_finite("an action of the policy", action)
+        action = action.reshape(-1, *space.shape) * scale + shift
+        return (action.round() if whole else action).clip(low, high).astype(space.dtype)
+
+    return to_env
+
+
+# Buffer -------------------------------------------------------------------------------------------
+
+
+class ReplayBuffer:
+    """The last `size` transitions (s, a, R, s', discount); the oldest is overwritten."""
+
+    def __init__(self, size, space, action):
+        obs = np.zeros(space.shape, space.dtype if space.dtype.itemsize < 4 else np.float32)
+        like = obs, action, np.float32(0), obs, np.float32(0)
+        try:
+            self.data = [np.zeros((size, *x.shape), x.dtype) for x in like]
+        except MemoryError as error:
+            raise Refusal(f"--buffer-size {size}: {error}") from error
+        self.added = 0
+
+    def add(self, *transition):
+        """Write one transition."""
+        for rows, value in zip(self.data, transition):
+            rows[self.added % len(rows)] = value
+        self.added += 1
+
+    def sample(self, batch_size, rng, device):
+        """Transitions drawn uniformly, with replacement: obs, ..., discount, (B, ...) each."""
+        i = rng.integers(min(self.added, len(self.data[0])), size=batch_size)
+        return [torch.from_numpy(rows[i]).to(device) for rows in self.data]
+
+    def state_dict(self):
+        """What a checkpoint holds: the rows written so far, not copied."""
+        return {"added": self.added, "data": [torch.from_numpy(x[: self.added]) for x in self.data]}
+
+    def load_state_dict(self, state):
+        """Take the rows of a checkpoint; ValueError where there is no room for them."""
+        for rows, saved in zip(self.data, state["data"]):
+            rows[: len(saved)] = saved
+        self.added = state["added"] if len(saved) == len(rows) else len(saved)
 
 
 # Training -----------------------------------------------------------------------------------------
 
 
-def initialise(args: Args, obs_dim: int, space: gym.spaces.Box) -> tuple:
-    """Networks, their parameters as vectors of which they are views, and optimisers."""
-    action_dim = space.low.size
-    actor = Actor(obs_dim, space, args.hidden, action_dim).to(args.device)
-    for x in actor.layers[-1].parameters():
-        nn.init.uniform_(x, -3e-3, 3e-3)  # as in DDPG's paper: actions near 0, where tanh is steep
-    critic = QNetworks(obs_dim, action_dim, args.hidden, 2).to(args.device)
-    networks = {"actor": actor, "critic": critic}
-    networks |= {"target_actor": copy.deepcopy(actor), "target_critic": copy.deepcopy(critic)}
-    vectors = [as_vector(net) for net in networks.values()]
-    return networks, vectors, nn.ModuleList([Adam(theta) for theta in vectors[:2]])
-
-
 def train(args: Args) -> np.ndarray:
     """Run the algorithm above; return the episode returns of the final evaluation."""
-    check(args)
-    gamma, utd, burn_in, device = args.gamma, args.utd, args.burn_in, args.device
+    gamma, device = args.gamma, args.device
+    with ExitStack() as stack:
+        # 1. Initialise.
+        torch.manual_seed(args.seed)
+        env = stack.enter_context(make_env(args))
+        action_dim = env.action_space.low.size
+        actor = make_policy(env, args).to(device)
+        critic = QNetworks(env, args.hidden, 2).to(device)
+        target_actor, target_critic = copy.deepcopy(actor), copy.deepcopy(critic)
+        parameters = [*actor.parameters(), *critic.parameters()]
+        target_parameters = [*target_actor.parameters(), *target_critic.parameters()]
+        actor_optimizer = torch.optim.Adam(actor.parameters(), fused=True)
+        critic_optimizer = torch.optim.Adam(critic.parameters(), fused=True)
+        buffer = ReplayBuffer(args.buffer_size, env.observation_space, np.zeros(action_dim, "f4"))
+        learner = {"policy": actor, "critic": critic}
+        learner |= {"target_actor": target_actor, "target_critic": target_critic}
+        learner |= {"actor_optimizer": actor_optimizer, "critic_optimizer": critic_optimizer}
+        run = stack.enter_context(Run(args, **learner, buffer=buffer))
+        for optimizer in (actor_optimizer, critic_optimizer):
+            optimizer.param_groups[0]["lr"] = args.learning_rate  # a checkpoint's may be another
+        stack.callback(torch.set_num_threads, torch.get_num_threads())
+        if args.hidden**2 * args.batch_size < 2**23:
+            torch.set_num_threads(1)  # layers this small lose more to threads than they gain
 
-    # 1. Initialise.
-    if args.hidden * args.hidden * args.batch_size < 2**23:
-        torch.set_num_threads(1)  # layers this small lose more to threads than they gain
-    torch.manual_seed(args.seed)
-    env = make_envs(args.env_id, 1, vectorization_mode="sync").unwrapped.envs[0]
-    env = gym.wrappers.FlattenObservation(env)
-    obs_dim, space = env.observation_space.shape[0], env.action_space
-    if np.abs([space.low, space.high]).max() > 1e9:
-        stop(f"{args.env_id} takes actions of {space}; supported: finite bounds")
-    networks, vectors, optimizers = initialise(args, obs_dim, space)
-    actor, critic = networks["actor"], networks["critic"]
-    example = np.zeros(obs_dim, np.float32), np.zeros(space.low.size, np.float32)
-    buffer = ReplayBuffer(args.buffer_size, *example)
-    modules = networks | {"optimizers": optimizers, "buffer": buffer}
+        rewards, losses, actor_losses = [], [], []
+        first = deque(maxlen=100)  # (start_value, start_return) of the latest episodes
+        obs, _ = env.reset(seed=random.getrandbits(29))
 
-    def act(obs: np.ndarray) -> np.ndarray:
-        return actor.to_env(np.tanh(actor.in_numpy()(obs)))
-
-    @torch.no_grad()
-    def value(obs: np.ndarray) -> float:
-        obs = torch.from_numpy(obs).unsqueeze(0).to(device)
-        return critic(obs, actor(obs).tanh()).min().item()
-
-    run = Run(args, modules, act)
-    rng = np.random.default_rng(env_seed(args.seed, run.step, 0))
-    policy, ended = actor.in_numpy(), True
-    starts, scalars = deque(maxlen=100), {}
-
-    while run.step < args.total_timesteps and not run.interrupted:
-        steps = min(LOG_EVERY, args.total_timesteps - run.step)
-        for step in range(run.step, run.step + steps):
-            if ended:
-                seed = env_seed(args.seed, run.step, 0) if step == run.first_step else None
-                obs, rewards = np.float32(env.reset(seed=seed)[0]), []
-                start_value = value(obs)
-
+        while run.step < args.total_timesteps:
             # 2. Act.
-            if step < burn_in:
-                action = rng.uniform(-1, 1, space.low.size)
-            else:
-                noise = rng.normal(size=space.low.size)
-                action = explore(np.tanh(policy(obs)), noise, args.sigma)
-            outcome = env.step(actor.to_env(action)[0])
-            next_obs, reward, terminated, truncated, _ = outcome
-            next_obs, ended = np.float32(next_obs), terminated or truncated
+            with torch.no_grad():
+                s = torch.as_tensor(obs[None]).to(device, torch.float32)  # (1, obs_dim)
+                greedy = actor(s)
+                if not rewards:  # an episode begins
+                    start_value = critic(s, greedy).min().item()
+            noise = run.rng.standard_normal((1, action_dim), np.float32)
+            action = explore(greedy.cpu().numpy(), noise, args.sigma)
+            if run.step < args.burn_in:
+                action = run.rng.uniform(-1, 1, (1, action_dim))
+            next_obs, reward, terminated, truncated, _ = env.step(actor.to_env(action)[0])
+            check_finite("an observation or a reward", float(next_obs.sum() + reward))
 
             # 3. Store.
             rewards.append(reward)
-            buffer.add(obs, action, reward, next_obs, gamma * (not terminated))
+            buffer.add(obs, action[0], reward, next_obs, one_step_discount(gamma, terminated))
             obs = next_obs
-            if ended:
+            if terminated or truncated:
                 run.episodes.append((sum(rewards), len(rewards)))
-                starts.append((start_value, np.dot(rewards, gamma ** np.arange(len(rewards)))))
+                first.append((start_value, np.dot(rewards, gamma ** np.arange(len(rewards)))))
+                obs, rewards = env.reset()[0], []
 
-            first = math.floor(utd * max(step - burn_in, 0))
-            for number in range(first, math.floor(utd * max(step + 1 - burn_in, 0))):
+            updates = updates_due(run.step, args.burn_in, args.utd)
+            for number in range(updates, updates_due(run.step + 1, args.burn_in, args.utd)):
                 # 4. Sample.
-                batch = buffer.sample(args.batch_size, rng, device)
-                scalars |= update(args, networks, vectors, optimizers, batch, number)
-                policy = actor.in_numpy()
+                batch = buffer.sample(args.batch_size, run.rng, device)
+                b_obs, b_action, b_reward, b_next_obs, b_discount = (x.float() for x in batch)
+                # 5. Target.
+                with torch.no_grad():
+                    next_action = target_actor(b_next_obs)
+                    noise = torch.randn_like(next_action)
+                    next_action = smooth(next_action, noise, args.target_sigma, args.noise_clip)
+                    q_next = target_critic(b_next_obs, next_action)
+                    td_target = td3_target(b_reward, b_discount, q_next)
+                # 6. Critics.
+                q = critic(b_obs, b_action)
+                q_loss = critic_loss(q, td_target)
+                critic.zero_grad()
+                q_loss.backward()
+                critic_optimizer.step()
+                losses.append([x.item() for x in (q_loss, q.mean())])
+                if (number + 1) % args.actor_every == 0:
+                    # 7. Actor: the gradient flows through Q_1 alone and leaves it as it is.
+                    phi_1 = {name: x[:1] for name, x in critic.named_parameters()}
+                    [q_1] = functional_call(critic, phi_1, (b_obs, actor(b_obs)))
+                    actor_loss = deterministic_actor_loss(q_1)
+                    actor.zero_grad()
+                    actor_loss.backward(inputs=[*actor.parameters()])
+                    actor_optimizer.step()
+                    actor_losses.append(actor_loss.item())
+                    # 8. Targets.
+                    soft_update(target_parameters, parameters, args.tau)
 
-        if starts:
-            scalars["start_value"], scalars["start_return"] = np.mean(starts, 0)
-        run.update(steps, scalars)
-    return run.finish()
-
-
-def update(args: Args, networks, vectors, optimizers, batch, number: int) -> dict[str, Tensor]:
-    """The steps on one batch: tensors only and no waiting for the device.
-
-    torch.compile takes it whole if torch._dynamo.config.trace_autograd_ops is True.
-    """
-    actor, critic, target_actor, target_critic = networks.values()
-    theta, phi, target_theta, target_phi = vectors
-    actor_optimizer, critic_optimizer = optimizers
-    obs, action, reward, next_obs, bootstrap = batch
-
-    # 5. Target.
-    with torch.no_grad():
-        next_action = target_actor(next_obs).tanh()
-        noise = torch.randn_like(next_action)
-        next_action = smooth(next_action, noise, args.target_sigma, args.noise_clip)
-        td_target = td3_target(reward, bootstrap, target_critic(next_obs, next_action))
-    # 6. Critics.
-    q = critic(obs, action)
-    q_loss = critic_loss(q, td_target)
-    critic_optimizer.step(gradient_of(q_loss, critic), args.learning_rate)
-    scalars = {"critic_loss": q_loss.detach(), "q_mean": q.detach().mean()}
-    if (number + 1) % args.actor_every == 0:
-        # 7. Actor: its gradient flows through the first critic and leaves it as it is.
-        first = {name: x[:1].detach() for name, x in critic.named_parameters()}
-        loss = actor_loss(functional_call(critic, first, (obs, actor(obs).tanh())))
-        actor_optimizer.step(gradient_of(loss, actor), args.learning_rate)
-        scalars["actor_loss"] = loss.detach()
-        # 8. Targets.
-        target_phi.lerp_(phi, args.tau)
-        target_theta.lerp_(theta, args.tau)
-    return scalars
+            run.step += 1
+            if run.step % LOG_EVERY == 0 or run.step == args.total_timesteps:
+                scalars = dict(zip(("critic_loss", "q_mean"), np.mean(losses, 0))) if losses else {}
+                scalars |= {"actor_loss": np.mean(actor_losses)} if actor_losses else {}
+                scalars |= zip(("start_value", "start_return"), np.mean(first, 0)) if first else {}
+                losses, actor_losses = [], []  # the next means are of the updates from here on
+                run.log(**scalars)
+        return run.evaluate()
 
 
 # Plumbing -----------------------------------------------------------------------------------------
 
 
-def stop(message: str, status: int = 2) -> NoReturn:
-    """End the program with one line on stderr."""
-    print(f"{SCRIPT}.py: {message.splitlines()[0]}", file=sys.stderr)
-    sys.exit(status)
+class Refusal(Exception):
+    """What the script will not do or go on with, in one line for its user."""
 
 
-def check(args: Args) -> None:
-    """Stop at a number out of range; where LIMITS says nothing, sizes begin at 1, others at 0."""
-    for name, value in vars(args).items():
-        size = type(value) is int and name not in ("seed", "eval_every", "checkpoint_every")
-        low, high = LIMITS.get(name, (int(size), 1e18))
-        if isinstance(value, (int, float)) and not low <= value <= high:
-            stop(f"--{name.replace('_', '-')} {value} is out of range: {low} to {high}")
-    if args.device == "cuda" and not torch.cuda.is_available():
-        stop("--device cuda: no GPU is available")
+def check_finite(what, x):
+    """Refuse to go on where a number in x, a nest of numbers and arrays, is not finite."""
+    for part in x.values() if isinstance(x, dict) else x if isinstance(x, (list, tuple)) else ():
+        check_finite(what, part)
+    if isinstance(x, (float, np.ndarray, Tensor)) and not math.isfinite(torch.as_tensor(x).sum()):
+        raise Refusal(f"not finite (nan or inf), so the last checkpoint is kept: {what}")
 
 
-def env_seed(seed: int, step: int, rank: int) -> int:
-    """Seed, below 2²⁹, of what rank begins at step: environments and random numbers."""
-    return int(np.random.SeedSequence([seed, step, rank]).generate_state(1)[0]) >> 3
-
-
-def make_envs(env_id: str, n: int, **kwargs) -> gym.vector.VectorEnv:
-    """n copies of env_id, observations flat; the environment's own vector version if it has one."""
-    envs = gym.make_vec(env_id, n, **kwargs)
-    obs_space, action_space = envs.single_observation_space, envs.single_action_space
-    image = obs_space.dtype == np.uint8 and len(obs_space.shape) > 1
-    if image or not obs_space.is_np_flattenable or not isinstance(action_space, ACTION_SPACES):
-        names = " and ".join(space.__name__ for space in ACTION_SPACES)
-        stop(f"{env_id} maps {obs_space} to {action_space}; supported: no images, {names}")
-    flat = isinstance(obs_space, gym.spaces.Box) and len(obs_space.shape) == 1
-    return envs if flat else gym.wrappers.vector.FlattenObservation(envs)
-
-
-def load_checkpoint(path: str, modules: dict) -> dict:
-    """Read what Run.save wrote, and restore modules from it."""
+def make_env(args, video=""):
+    """The environment with flat observations; with --capture-video it records to folder video."""
+    mistakes = gym.error.Error, ModuleNotFoundError, TypeError, ValueError
+    render = {"render_mode": "rgb_array"} if args.capture_video else {}
     try:
-        checkpoint = torch.load(path, "cpu", weights_only=True)
+        env = gym.make(args.env_id, **json.loads(args.env_kwargs), **render)
+        if args.capture_video:  # find out now whether it can draw itself
+            env.reset()
+            env.render()
+    except Exception if args.capture_video else mistakes as error:
+        raise Refusal(f"{args.env_id} {args.env_kwargs}: {type(error).__name__} {error}") from error
+    image = (obs_space := env.observation_space).dtype == np.uint8 and len(obs_space.shape) > 1
+    if image or not obs_space.is_np_flattenable or not isinstance(env.action_space, ACTION_SPACES):
+        raise Refusal(f"{SCRIPT}.py cannot learn {args.env_id}, {obs_space} to {env.action_space}")
+    env = gym.wrappers.FlattenObservation(env)
+    return gym.wrappers.RecordVideo(env, video, lambda _: True) if render and video else env
+
+
+def load(path, learner):
+    """The options and steps of the checkpoint at path, whose other parts go into learner."""
+    here = {"run_dir": "", "resume": "", "device": "cpu"}  # of this run and machine, not of that
+    try:
+        checkpoint = torch.load(path, "cpu", weights_only=True, mmap=True)
         if checkpoint["script"] != SCRIPT:
-            raise ValueError(f"it is of {checkpoint['script']}.py")
-        for name, module in modules.items():
-            module.load_state_dict(checkpoint[name])
-        return checkpoint | {"args": Args(**checkpoint["args"])}
+            raise Refusal(f"it is of {checkpoint['script']}.py")
+        for name, part in learner.items():
+            part.load_state_dict(checkpoint[name])
+        return Args(**checkpoint["args"] | here), checkpoint["env_steps"]
     except Exception as error:
-        stop(f"cannot resume from {path}: {type(error).__name__}: {str(error).splitlines()[-1]}")
+        why = error if isinstance(error, (OSError, Refusal)) else "damaged, or of other options"
+        raise Refusal(f"cannot resume from {path}: {why}") from error
 
 
-class Run:
-    """Steps, TensorBoard, progress bar, evaluations and checkpoints; only rank 0 writes."""
+class Run(AbstractContextManager):
+    """A run: its directory, generators, log, evaluations and checkpoints.
 
-    def __init__(self, args: Args, modules: dict, act, rank: int = 0, total=lambda x: x):
-        self.args, self.modules, self.act, self.rank, self.total = args, modules, act, rank, total
-        self.dir = args.run_dir or f"runs/{args.env_id}__{SCRIPT}__{args.seed}__{time.time():.0f}"
-        self.step = 0
-        if args.resume:
-            self.dir = args.run_dir or os.path.dirname(args.resume) or "."
-            self.step = load_checkpoint(args.resume, modules)["env_steps"]
-        torch.manual_seed(env_seed(args.seed, self.step, rank))
-        self.first_step, self.start_time = self.step, time.time()
-        self.episodes = deque(maxlen=100)  # (return, length) of the latest
-        self.writer = SummaryWriter(self.dir, purge_step=self.step + 1) if rank == 0 else None
-        self.bar = tqdm(total=args.total_timesteps, initial=self.step, disable=rank > 0 or None)
-        self.signalled = self.interrupted = False  # in this process; in any, as all have agreed
-        signal.signal(signal.SIGINT, lambda *_: setattr(self, "signalled", True))
+    `episodes`: (return, length) of the latest that ended; `learner`: all that a checkpoint keeps.
+    On an exception, Ctrl-C and SIGTERM too, it saves before it leaves; on a Refusal it does not.
+    """
 
-    def update(self, steps: int, losses: dict[str, Tensor]) -> None:
-        """Add the steps of all processes; log; evaluate and save where it is time to."""
-        counts = self.total(torch.tensor([steps, self.signalled], dtype=torch.float64))
-        last_step, self.step = self.step, self.step + round(counts[0].item())
-        self.interrupted = counts[1].item() > 0
-        scalars = {f"losses/{name}": loss.item() for name, loss in losses.items()}
-        if not all(map(math.isfinite, scalars.values())):
-            stop(f"not finite at step {self.step}, so the last checkpoint is kept: {scalars}", 1)
-        if self.rank > 0:
-            return
-        scalars["charts/SPS"] = (self.step - self.first_step) / (time.time() - self.start_time)
+    def __init__(self, args, rank=0, **learner):
+        self.args, self.rank, self.learner, self.episodes = args, rank, learner, deque(maxlen=100)
+        self.step = load(args.resume, learner)[1] if args.resume else 0
+        self.next_save = 0 if args.checkpoint_every else math.inf  # in seconds since the epoch
+        self.seed()
+        new = f"runs/{args.env_id}__{SCRIPT}__{args.seed}__{time.time():.6f}"
+        self.dir = args.run_dir or os.path.dirname(args.resume) or new
+        path = os.path.abspath(f"{self.dir}/checkpoint.pt")
+        if os.path.exists(path) and path != os.path.abspath(args.resume):
+            raise Refusal(f"--run-dir {self.dir} holds a checkpoint: resume it, or take another")
+        try:
+            self.dir += f"__rank{rank}" if rank > 0 else ""
+            os.makedirs(self.dir, exist_ok=self.dir != new)
+            self.writer = SummaryWriter(self.dir, purge_step=self.step + 1)
+        except OSError as error:
+            raise Refusal(f"--run-dir {self.dir}: {error.strerror}") from error
+        self.writer.add_text("options", "\n".join(f"    {k}: {v}" for k, v in vars(args).items()))
+        self.bar = tqdm(None, self.dir, args.total_timesteps, initial=self.step, disable=False)
+        self.bar.mininterval = 0.1 if sys.stderr.isatty() else 30  # seconds
+
+    def __exit__(self, kind, error, traceback):
+        self.bar.close()
+        self.writer.close()
+        if error and not isinstance(error, Refusal):
+            self.save()
+            print(f"saved: --resume {self.dir}/checkpoint.pt goes on", file=sys.stderr)
+
+    def seed(self):
+        """Key all generators by (seed, step, rank), so that they are the same after a resume."""
+        self.rng = np.random.default_rng([self.args.seed, self.step, self.rank + 1])
+        for set_seed in random.seed, np.random.seed, torch.manual_seed:
+            set_seed(int(self.rng.integers(2**32)))
+
+    def log(self, **losses):
+        """Write to the log; evaluate and save where it is time to; key the generators anew."""
+        scalars = {f"losses/{name}": torch.as_tensor(x).item() for name, x in losses.items()}
+        check_finite(f"{scalars} at step {self.step}", scalars)
+        scalars["charts/SPS"] = (self.step - self.bar.initial) / self.bar.format_dict["elapsed"]
         if self.episodes:
             mean_return, scalars["charts/episodic_length"] = np.mean(self.episodes, 0)
             scalars["charts/episodic_return"] = mean_return
             self.bar.set_postfix_str(f"return {mean_return:.1f}", False)
         for name, value in scalars.items():
             self.writer.add_scalar(name, value, self.step)
-        self.bar.update(self.step - last_step)
-        args = self.args
-        for every, task in (args.eval_every, self.evaluate), (args.checkpoint_every, self.save):
-            if every > 0 and self.step // every > last_step // every:
-                task()
-
-    def save(self) -> None:
-        """Write the checkpoint aside, then put it in the place of the last one."""
-        checkpoint = {name: module.state_dict() for name, module in self.modules.items()}
-        checkpoint |= {"script": SCRIPT, "env_steps": self.step}
-        checkpoint["args"] = vars(self.args) | {"run_dir": "", "resume": ""}
-        self.writer.flush()
-        torch.save(checkpoint, f"{self.dir}/checkpoint.tmp")
-        os.replace(f"{self.dir}/checkpoint.tmp", f"{self.dir}/checkpoint.pt")
-
-    def evaluate(self) -> np.ndarray:
-        """Undiscounted returns of --eval-episodes whole episodes, on seeds training never sees.
-
-        Each environment plays one: of the first to end among many, too many would be short. For a
-        video they are played in turn.
-        """
-        env_id, episodes = self.args.env_id, self.args.eval_episodes
-        if self.args.capture_video:
-            options = {"name_prefix": f"step-{self.step}", "episode_trigger": lambda _: True}
-            envs = make_envs(env_id, 1, render_mode="rgb_array")
-            envs = gym.wrappers.vector.RecordVideo(envs, f"{self.dir}/videos", **options)
-        else:
-            envs = make_envs(env_id, episodes)
-        returns = np.zeros(episodes)
-        for first in range(0, episodes, envs.num_envs):
-            obs, _ = envs.reset(seed=2**30 + env_seed(self.args.seed, 0, 0) + first)
-            running = np.ones(envs.num_envs, np.bool_)
-            for _ in range(100_000):  # there may be no time limit
-                obs, reward, terminated, truncated, _ = envs.step(self.act(obs))
-                returns[first : first + envs.num_envs] += reward * running
-                running &= ~(terminated | truncated)
-                if not running.any():
-                    break
-        envs.close()
-        self.writer.add_scalar("charts/eval_return", returns.mean(), self.step)
-        return returns
-
-    def finish(self) -> np.ndarray:
-        """The last checkpoint, the final evaluation and the line of results."""
-        self.bar.close()
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        if self.rank > 0:
-            return np.zeros(0)
-        if self.step > self.first_step:
+        if self.args.eval_every and self.step % self.args.eval_every < self.step - self.bar.n:
+            self.evaluate()
+        self.bar.update(self.step - self.bar.n)
+        if time.time() > self.next_save or self.step >= self.args.total_timesteps:
             self.save()
-        if self.interrupted:
-            stop(f"stopped at step {self.step}; --resume {self.dir}/checkpoint.pt goes on", 130)
-        returns = self.evaluate()
-        self.writer.close()
-        wall = time.time() - self.start_time
+        self.seed()
+
+    def save(self):
+        """Write the checkpoint aside, then put it in the place of the last one."""
+        began = time.time()
+        checkpoint = {name: part.state_dict() for name, part in self.learner.items()}
+        check_finite("weights or data", checkpoint)
+        checkpoint |= {"script": SCRIPT, "env_steps": self.step, "args": vars(self.args)}
+        try:
+            with open(f"{self.dir}/checkpoint.tmp", "wb") as file:
+                torch.save(checkpoint, file)
+            os.replace(f"{self.dir}/checkpoint.tmp", f"{self.dir}/checkpoint.pt")
+        except (OSError, RuntimeError) as error:
+            Path(f"{self.dir}/checkpoint.tmp").unlink(missing_ok=True)
+            raise Refusal(f"cannot write to {self.dir}: {error.__context__ or error}") from error
+        self.next_save = time.time() + max(self.args.checkpoint_every, 10 * (time.time() - began))
+
+    def evaluate(self):
+        """Returns, not discounted, of episodes on seeds that training never sees, and their line.
+
+        An episode that has not ended after 100,000 steps is cut there.
+        """
+        args, returns = self.args, np.zeros(self.args.eval_episodes)
+        with make_env(args, f"{self.dir}/videos/{self.step}") as env:
+            for episode in range(args.eval_episodes):
+                obs, _ = env.reset(seed=2**30 + (1000 * args.seed + episode) % 2**30)
+                for _ in range(100_000):
+                    obs, reward, *ends, _ = env.step(self.learner["policy"].act(obs[None])[0])
+                    returns[episode] += reward
+                    if any(ends):
+                        break
+        self.writer.add_scalar("charts/eval_return", returns.mean(), self.step)
+        took = self.bar.format_dict["elapsed"]
         print(f"eval_return_mean={returns.mean():.2f} eval_return_std={returns.std():.2f}", end=" ")
-        print(f"eval_episodes={len(returns)} env_steps={self.step} wall_seconds={wall:.1f}")
+        print(f"eval_episodes={len(returns)} env_steps={self.step} wall_seconds={took:.1f}")
         return returns
 
 
 if __name__ == "__main__":
-    args = tyro.cli(Args)
-    if args.resume:  # what the command line leaves out is as in the checkpoint
-        args = tyro.cli(Args, default=load_checkpoint(args.resume, {})["args"])
+    for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(n) != signal.SIG_IGN:  # nohup ignores SIGHUP
+            # The run saves on its way out; a second signal of the kind ends it at once.
+            signal.signal(n, lambda n, _: (signal.signal(n, signal.SIG_DFL), sys.exit(128 + n)))
     try:
+        args = tyro.cli(Args, description=__doc__.splitlines()[0])
+        if args.resume:  # what the command line leaves out is as in the checkpoint
+            args = tyro.cli(Args, default=load(args.resume, {})[0])
         train(args)
-    except (gym.error.Error, ImportError, OSError) as error:
-        stop(f"{type(error).__name__}: {error}")
+    except Refusal as error:
+        print(f"{SCRIPT}.py: {str(error).splitlines()[0]}", file=sys.stderr)
+        sys.exit(2)

@@ -109,14 +109,14 @@ def exact(mdp, weights):
     return summary(mean, p @ (estimates - mean).pow(2).sum(1), mdp.gradient())
 
 
-def batch_weights(rewards, values, weight, baseline):
+def batch_weights(rewards, values, weight, baseline, gamma=1.0):
     """The weights of reinforce.py for a batch; rewards and values of its states: (H, N)."""
-    returns = reinforce.returns_to_go(rewards, 1.0)
+    returns = reinforce.returns_to_go(rewards, gamma)
     weights = returns if weight == "to-go" else returns[0].expand_as(returns)
     if baseline == "constant":
         return weights - reinforce.constant_baseline(returns)
     if baseline == "time":
-        return weights - reinforce.time_baseline(weights, torch.ones_like(weights))
+        return weights - reinforce.time_baseline(weights)
     return weights - values if baseline == "state" else weights
 
 

@@ -1,4 +1,4 @@
-"""What every test file uses: the scripts as modules, their sources, and a command line in-process."""
+"""What every test file uses: scripts as modules, their sources, a command in this process."""
 
 import contextlib
 import importlib
@@ -25,8 +25,6 @@ torch.set_num_threads(1)  # two test runs side by side share two cores
 
 TABLE = (ROOT / "tests/equations.tsv").read_text(encoding="utf-8").splitlines()
 SCRIPTS = sorted(path.stem for path in ROOT.glob("*.py"))
-NEW = ("ppo", "dqn", "double_dqn", "sac")  # in the plain pattern; the others follow it one day
-OLD = [name for name in SCRIPTS if name not in NEW]
 SOURCES = {name: (ROOT / f"{name}.py").read_text(encoding="utf-8") for name in SCRIPTS}
 
 

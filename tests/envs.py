@@ -1,7 +1,7 @@
 """Tiny environments whose values and best actions are known, each a second or two to learn.
 
-`import envs` registers them; on a command line, with tests/ on PYTHONPATH, they are `envs:Constant-v0`
-and so on. The discount that the values below speak of is gamma.
+`import envs` registers them; on a command line, with tests/ on PYTHONPATH, they are
+`envs:Constant-v0` and so on. The discount that the values below speak of is gamma.
 """
 
 import random
@@ -41,7 +41,7 @@ class Constant(Tiny):
 
 
 class TwoStep(Tiny):
-    """A reward of 1 for the second step if the first action was 1. V(first) = gamma, V(second) = 1."""
+    """Reward 1 for the second step if the first action was 1. V(first) = gamma, V(second) = 1."""
 
     def obs(self):
         return np.array([self.t, self.sign], np.float32)
@@ -135,7 +135,7 @@ class Dimmer(Tiny):
 
 
 class Draws(Tiny):
-    """Observes draws of numpy's and Python's global generators and of its own; notes what it was given."""
+    """Observes draws of the global generators and of its own; notes seeds and actions."""
 
     seeds, log = [], []
 
@@ -157,23 +157,30 @@ class Draws(Tiny):
 
 
 class Faulty(Tiny):
-    """After `good` steps of all such environments its reward, its observation or its step fails."""
+    """After `good` steps of all such environments something fails: see `fault`.
+
+    reward, infinite: the reward is not a number, or infinite. observation, reset: the observation
+    is not a number, always or only at the beginning of an episode. step: the step raises.
+    """
 
     steps, good = 0, 10**9
 
     def __init__(self, fault="reward"):
         self.fault = fault
 
+    def fails(self, *faults):
+        return self.fault in faults and Faulty.steps > Faulty.good
+
     def obs(self):
-        bad = self.fault == "observation" and Faulty.steps > Faulty.good
+        bad = self.fails("observation") or self.fails("reset") and self.t == 0
         return np.full(2, np.nan if bad else 0, np.float32)
 
     def outcome(self, action):
         Faulty.steps += 1
-        if Faulty.steps > Faulty.good and self.fault == "step":
+        if self.fails("step"):
             raise OSError("the simulator went away")
-        bad = self.fault == "reward" and Faulty.steps > Faulty.good
-        return np.nan if bad else 1, self.t == 5, False
+        reward = np.nan if self.fails("reward") else np.inf if self.fails("infinite") else 1
+        return reward, self.t == 5, False
 
 
 class Spaces(Tiny):
@@ -208,13 +215,53 @@ class BothBox(Both):
     action_space = spaces.Box(-1, 1, (1,), np.float32)
 
 
+class Limits(Tiny):
+    """The discount 0.5, three kinds of episode, each observed from its first to its last step.
+
+    Where a sign is observed it is the reward for ever, and a time limit cuts every second step:
+    V = 2 sign. Where (0, 1) is observed, the first step pays 1, ends, and meets the time limit too:
+    V = 1. Values from the next episode, or from beyond an end, are others.
+    """
+
+    def reset(self, *, seed=None, options=None):
+        first, info = super().reset(seed=seed)
+        self.single = self.np_random.random() < 1 / 3
+        return self.obs(), info
+
+    def obs(self):
+        seen = [0, 1] if getattr(self, "single", False) else [self.sign, 0]
+        return np.array(seen, np.float32)
+
+    def outcome(self, action):
+        return 1 if self.single else self.sign, self.single, self.single or self.t == 2
+
+
+class Shifted(Matched):
+    """Matched, observed as 1000 ± 1: only who centres observations can tell the signs apart."""
+
+    def obs(self):
+        return np.array([1000 + self.sign, 0], np.float32)
+
+
+class Wander(Tiny):
+    """Random observations, a reward of 1 or 2 by the action, both kinds of end, 5 steps at most."""
+
+    def obs(self):
+        return self.np_random.uniform(-1, 3, 2).astype(np.float32)
+
+    def outcome(self, action):
+        return 1 + np.sum(action), self.np_random.random() < 0.2, self.t == 5
+
+
 def boxed(kind):
     """The same where any action of a Box from -1 to 1 will do."""
     return type(f"{kind.__name__}Box", (kind,), {"action_space": TruncatesBox.action_space})
 
 
 StaysBox, DrawsBox, FaultyBox = map(boxed, (Stays, Draws, Faulty))
+ConstantBox, LimitsBox, WanderBox = map(boxed, (Constant, Limits, Wander))
 DISCRETE = Constant, TwoStep, Observed, Matched, Truncates, Terminates, Both, Stays, Draws, Faulty
+DISCRETE += Limits, Shifted, Wander
 BOXES = (
     MatchedBox,
     TruncatesBox,
@@ -223,6 +270,9 @@ BOXES = (
     StaysBox,
     DrawsBox,
     FaultyBox,
+    ConstantBox,
+    LimitsBox,
+    WanderBox,
     Bandit,
     Dimmer,
 )

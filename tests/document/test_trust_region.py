@@ -482,9 +482,6 @@ def test_the_kl_called_forward_is_the_one_that_seeks_a_mode():
         p = torch.exp(-((x - mean) ** 2) / (2 * sigma**2)).clamp(min=1e-12)
         return p / p.sum()
 
-    def kl(p, q):
-        return (p * (p / q).log()).sum()
-
     mu = (bump(-2, 0.5) + bump(2, 0.5)) / 2
     shapes = [(i / 4, j / 10) for i in range(-12, 13) for j in range(3, 31)]
     of_pi = min(shapes, key=lambda shape: kl(bump(*shape), mu))
@@ -566,11 +563,17 @@ def test_the_oracle_policy_maximises_the_penalised_surrogate(pair):
 
 
 def test_temperature_from_greedy_to_the_behaviour(pair):
-    """Small α: argmax A^μ. Large α: μ."""
+    """Small α: argmax A^μ. Large α: μ. Between them E_π*[A^μ] falls, and KL(π* ‖ μ) too."""
     mdp, _, mu = pair
-    greedy = torch.eye(3, dtype=F64)[mdp.advantage(mu).argmax(-1)]
-    close(tilted(mu, mdp.advantage(mu), 1e-3), greedy)
-    close(tilted(mu, mdp.advantage(mu), 1e9), mu)
+    advantage = mdp.advantage(mu)
+    greedy = torch.eye(3, dtype=F64)[advantage.argmax(-1)]
+    close(tilted(mu, advantage, 1e-3), greedy)
+    close(tilted(mu, advantage, 1e9), mu)
+    policies = [tilted(mu, advantage, alpha) for alpha in (0.1, 0.3, 1.0, 3.0, 10.0)]
+    gains = torch.stack([(pi * advantage).sum(-1) for pi in policies])
+    apart = torch.stack([kl(pi, mu) for pi in policies])
+    assert (gains.diff(dim=0) < 0).all() and (gains > 0).all()
+    assert (apart.diff(dim=0) < 0).all() and (apart > 0).all()
 
 
 def maximum_likelihood(weights, features):

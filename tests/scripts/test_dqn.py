@@ -1,6 +1,5 @@
-"""dqn.py and double_dqn.py: targets, replay, a finite MDP with known values, and the loop."""
+"""dqn.py: its equations, replay, a finite MDP with known values, and the loop."""
 
-import double_dqn
 import dqn
 import gymnasium as gym
 import numpy as np
@@ -8,42 +7,13 @@ import pytest
 import torch
 from conftest import command
 
-both = pytest.mark.parametrize("script", [dqn, double_dqn], ids=["dqn", "double_dqn"])
-
-
-def target(script, reward, discount, q_online, q_target):
-    """The target as train computes it."""
-    if script is dqn:
-        return dqn.dqn_target(reward, discount, q_target)
-    return double_dqn.double_dqn_target(reward, discount, q_online, q_target)
-
-
 # Equations
 
 
-def test_targets():
-    q_a = torch.tensor([[1.0, 5.0, 3.0], [2.0, 0.0, 1.0]])
-    q_b = torch.tensor([[9.0, 4.0, 7.0], [6.0, 8.0, 3.0]])
-    reward, discount = torch.tensor([1.0, -1.0]), torch.tensor([0.9, 0.0])
-    y = dqn.dqn_target(reward, discount, q_b)
+def test_the_target_takes_the_best_action():
+    q = torch.tensor([[9.0, 4.0, 7.0], [6.0, 8.0, 3.0]])
+    y = dqn.dqn_target(torch.tensor([1.0, -1.0]), torch.tensor([0.9, 0.0]), q)
     assert y.tolist() == pytest.approx([1 + 0.9 * 9, -1])
-    y = double_dqn.double_dqn_target(reward, discount, q_a, q_b)  # A selects, B evaluates
-    assert y.tolist() == pytest.approx([1 + 0.9 * 4, -1])
-    y = double_dqn.double_dqn_target(reward, discount, q_b, q_a)  # the document's other half
-    assert y.tolist() == pytest.approx([1 + 0.9 * 1, -1])
-    same = double_dqn.double_dqn_target(reward, discount, q_b, q_b)
-    torch.testing.assert_close(same, dqn.dqn_target(reward, discount, q_b))
-
-
-def test_the_max_overestimates_and_the_double_target_does_not():
-    """All true values are 0; two estimates with independent unit noise."""
-    torch.manual_seed(0)
-    q_a, q_b = torch.randn(2, 100_000, 5)
-    zero, one = torch.zeros(100_000), torch.ones(100_000)
-    single = dqn.dqn_target(zero, one, q_b).mean().item()
-    assert single == pytest.approx(1.163, abs=0.02)  # the mean maximum of five normal numbers
-    double = double_dqn.double_dqn_target(zero, one, q_a, q_b).mean().item()
-    assert double == pytest.approx(0, abs=0.02)
 
 
 @pytest.mark.parametrize("delta", [0.5, 1.0, 2.0])
@@ -121,9 +91,8 @@ def test_advantages_and_values_have_one_greedy_policy():
     assert torch.equal((q - value).argmax(-1), q.argmax(-1)) and (q - value).max() == 0
 
 
-@both
 @pytest.mark.parametrize("loss", ["huber", "squared"])
-def test_the_update_on_one_hot_states_finds_the_optimal_values(script, loss):
+def test_the_update_on_one_hot_states_finds_the_optimal_values(loss):
     """Every transition of the MDP in each batch, a table as the network, a copy every 20 steps."""
     successor, reward, q_star = finite_mdp()
     table = torch.zeros(6, 3, requires_grad=True)
@@ -131,11 +100,9 @@ def test_the_update_on_one_hot_states_finds_the_optimal_values(script, loss):
     factor = torch.full((18,), 0.9)
     optimizer = torch.optim.Adam([table])
     for update in range(4_000):
-        q_next = states[successor.view(-1)] @ table, states[successor.view(-1)] @ frozen
-        with torch.no_grad():
-            y = target(script, reward.view(-1), factor, *q_next)
+        y = dqn.dqn_target(reward.view(-1), factor, states[successor.view(-1)] @ frozen)
         x = (states @ table).view(-1) - y
-        value = script.huber_loss(x, 1.0) if loss == "huber" else script.squared_loss(x)
+        value = dqn.huber_loss(x, 1.0) if loss == "huber" else dqn.squared_loss(x)
         optimizer.param_groups[0]["lr"] = 0.05 if update < 3_000 else 5e-3
         optimizer.zero_grad()
         value.backward()
@@ -204,30 +171,29 @@ def test_a_buffer_that_cannot_fit_is_refused():
     assert status == 2 and "--buffer-size" in err and "allocate" in err.splitlines()[-1]
 
 
-# Loop
+# Loop. Values at time limits: tests/house/test_time_limits.py.
 
 COMMON = dict(hidden=32, batch_size=64, gamma=0.9, learning_rate=3e-3, burn_in=200)
 COMMON |= dict(epsilon_steps=1_000, eval_episodes=20, tau=0.02, target_every=1)
 
 
-def trained(script, tmp_path, env_id, steps, **options):
+def trained(tmp_path, env_id, steps, **options):
     """Evaluation returns, the checkpoint, and max_a Q as a function of observations."""
     options = {**COMMON, **options}
-    args = script.Args(env_id=env_id, total_timesteps=steps, run_dir=str(tmp_path), **options)
-    returns = script.train(args)
+    args = dqn.Args(env_id=env_id, total_timesteps=steps, run_dir=str(tmp_path), **options)
+    returns = dqn.train(args)
     checkpoint = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
-    q_net = script.make_policy(script.make_env(args), args)
+    q_net = dqn.make_policy(dqn.make_env(args), args)
     q_net.load_state_dict(checkpoint["policy"])
     value = lambda *obs: q_net(torch.tensor(obs).float()).max(-1).values.tolist()  # noqa: E731
     return returns, checkpoint, value
 
 
-@both
 @pytest.mark.parametrize("n_step", [1, 3])
 @pytest.mark.parametrize("env_id", ["Terminates-v0", "Truncates-v0"])
-def test_stored_transitions_at_both_kinds_of_end(script, tmp_path, env_id, n_step):
+def test_stored_transitions_at_both_kinds_of_end(tmp_path, env_id, n_step):
     """Five steps of reward 1: what N of them leave of reward and of the factor of the value."""
-    _, checkpoint, _ = trained(script, tmp_path, env_id, 150, n_step=n_step)
+    _, checkpoint, _ = trained(tmp_path, env_id, 150, n_step=n_step)
     obs, _, reward, next_obs, discount = checkpoint["buffer"]["data"]
     assert len(reward) == 150
     for i in range(150):
@@ -244,17 +210,16 @@ def test_stored_transitions_at_both_kinds_of_end(script, tmp_path, env_id, n_ste
 def test_updates_are_exactly_the_ratio(tmp_path, monkeypatch, utd):
     updates, step = [], torch.optim.Adam.step
     monkeypatch.setattr(torch.optim.Adam, "step", lambda *a: updates.append(1) or step(*a))
-    trained(dqn, tmp_path, "Both-v0", 311, utd=utd, burn_in=100)
+    trained(tmp_path, "Both-v0", 311, utd=utd, burn_in=100)
     assert len(updates) == int(utd * 211)
 
 
-@both
-def test_updates_wait_for_the_first_transition_of_n_steps(script, tmp_path, monkeypatch):
+def test_updates_wait_for_the_first_transition_of_n_steps(tmp_path, monkeypatch):
     """Burn-in shorter than N: no update of an empty buffer, and none is lost."""
     updates, step = [], torch.optim.Adam.step
     monkeypatch.setattr(torch.optim.Adam, "step", lambda *a: updates.append(1) or step(*a))
-    trained(script, tmp_path, "Constant-v0", 3, burn_in=1, n_step=20, utd=1.0)
-    trained(script, tmp_path / "2", "CartPole-v1", 40, burn_in=1, n_step=20, utd=1.0)
+    trained(tmp_path, "Constant-v0", 3, burn_in=1, n_step=20, utd=1.0)
+    trained(tmp_path / "2", "CartPole-v1", 40, burn_in=1, n_step=20, utd=1.0)
     assert len(updates) == 2 + 39
 
 
@@ -273,7 +238,7 @@ def test_target_network(tmp_path, monkeypatch, options):
         history.append(weights(self))
 
     monkeypatch.setattr(torch.optim.Adam, "step", spy)
-    _, checkpoint, _ = trained(dqn, tmp_path, "Both-v0", 300, utd=1.0, **options)
+    _, checkpoint, _ = trained(tmp_path, "Both-v0", 300, utd=1.0, **options)
     if "target_every" in options:
         exact = history[7 * (100 // 7)]
     else:
@@ -295,51 +260,35 @@ def test_the_gradient_is_clipped(tmp_path, monkeypatch):
 
         with monkeypatch.context() as patch:
             patch.setattr(torch.optim.Adam, "step", spy)
-            trained(dqn, tmp_path / str(limit), "Terminates-v0", 300, max_grad_norm=limit)
+            trained(tmp_path / str(limit), "Terminates-v0", 300, max_grad_norm=limit)
         assert norms and (max(norms) <= 1.001e-3) == clipped
 
 
-@both
-def test_epsilon_follows_its_schedule_also_over_a_resume(script, tmp_path, monkeypatch):
-    seen, choose = [], script.epsilon_greedy
+def test_epsilon_follows_its_schedule_also_over_a_resume(tmp_path, monkeypatch):
+    seen, choose = [], dqn.epsilon_greedy
     monkeypatch.setattr(
-        script, "epsilon_greedy", lambda q, e, rng: seen.append(e) or choose(q, e, rng)
+        dqn, "epsilon_greedy", lambda q, e, rng: seen.append(e) or choose(q, e, rng)
     )
     options = dict(burn_in=200, epsilon_steps=400, epsilon=0.1, utd=0.01)
-    trained(script, tmp_path / "a", "Both-v0", 400, **options)
+    trained(tmp_path / "a", "Both-v0", 400, **options)
     resume = str(tmp_path / "a/checkpoint.pt")
-    trained(script, tmp_path / "b", "Both-v0", 800, resume=resume, **options)
+    trained(tmp_path / "b", "Both-v0", 800, resume=resume, **options)
     exact = [1 - 0.9 * min(max(step - 200, 0) / 400, 1) for step in range(800)]
     assert seen == pytest.approx(exact)
 
 
-def test_the_online_network_selects_and_the_target_network_evaluates(tmp_path, monkeypatch):
-    """The target network, never updated here, gives the same values of one state again and again."""
-    seen, target = [], double_dqn.double_dqn_target
+def test_the_target_is_held_fixed(tmp_path, monkeypatch):
+    """No gradient goes through it, to neither network."""
+    seen, target = [], dqn.dqn_target
 
-    def spy(reward, discount, q_select, q_evaluate):
-        seen.append((q_select[0].tolist(), q_evaluate[0].tolist()))
-        return target(reward, discount, q_select, q_evaluate)
+    def spy(reward, discount, q_next):
+        y = target(reward, discount, q_next)
+        seen.append(q_next.requires_grad or y.requires_grad)
+        return y
 
-    monkeypatch.setattr(double_dqn, "double_dqn_target", spy)
-    options = dict(target_every=10**6, utd=1.0, gamma=0.5)
-    trained(double_dqn, tmp_path, "Constant-v0", 300, **options)
-    select, evaluate = zip(*seen, strict=True)
-    assert all(q == pytest.approx(evaluate[0], abs=1e-6) for q in evaluate)
-    assert select[0] == pytest.approx(evaluate[0], abs=1e-6), "they begin as one"
-    assert select[-1] != pytest.approx(evaluate[-1], abs=1e-2)
-
-
-@both
-def test_only_the_online_network_receives_gradient(script):
-    env = script.make_env(script.Args(env_id="Both-v0"))
-    q_net, target_net = (script.QNetwork(env, 8) for _ in range(2))
-    obs = torch.randn(5, 2)
-    y = target(script, torch.zeros(5), torch.ones(5), q_net(obs).detach(), target_net(obs))
-    loss = script.huber_loss(q_net(obs)[:, 0] - y.detach(), 1.0)
-    loss.backward()
-    assert all(p.grad is not None for p in q_net.parameters())
-    assert all(p.grad is None for p in target_net.parameters())
+    monkeypatch.setattr(dqn, "dqn_target", spy)
+    trained(tmp_path, "Both-v0", 250, utd=1.0)
+    assert len(seen) == 50 and not any(seen)
 
 
 def test_numpy_computes_what_torch_does():
@@ -350,45 +299,25 @@ def test_numpy_computes_what_torch_does():
     assert q_net.act(obs.numpy()).tolist() == q.argmax(-1).tolist()
 
 
-@both
-def test_reward_depends_on_action_and_observation(script, tmp_path):
-    returns, _, _ = trained(script, tmp_path, "Matched-v0", 2_000)
+def test_reward_depends_on_action_and_observation(tmp_path):
+    returns, _, _ = trained(tmp_path, "Matched-v0", 2_000)
     assert returns.mean() == 1
 
 
-@both
 @pytest.mark.parametrize("n_step", [1, 3])
-def test_time_limit_does_not_end_the_value(script, tmp_path, n_step):
-    _, _, value = trained(script, tmp_path, "Truncates-v0", 4_000, n_step=n_step, tau=0.1)
-    assert value([0, 0]) == pytest.approx([10], abs=0.3)
-
-
-@both
-@pytest.mark.parametrize("n_step", [1, 3])
-def test_a_time_limit_bootstraps_from_the_final_observation(script, tmp_path, n_step):
-    """Not from the first one of the next episode, which stands for another state."""
-    options = dict(n_step=n_step, tau=0.1, learning_rate=1e-2)
-    _, _, value = trained(script, tmp_path, "Stays-v0", 6_000, **options)
-    assert value([1, 0], [-1, 0]) == pytest.approx([10, -10], abs=0.5)
-
-
-@both
-@pytest.mark.parametrize("n_step", [1, 3])
-def test_termination_ends_the_value(script, tmp_path, n_step):
-    _, _, value = trained(script, tmp_path, "Terminates-v0", 4_000, n_step=n_step)
+def test_termination_ends_the_value(tmp_path, n_step):
+    _, _, value = trained(tmp_path, "Terminates-v0", 4_000, n_step=n_step)
     exact = [(1 - 0.9 ** (5 - t)) / 0.1 for t in range(5)]
     assert value(*([t - 2.5, 0] for t in range(5))) == pytest.approx(exact, abs=0.15)
 
 
-@both
-def test_both_ends(script, tmp_path):
-    _, _, value = trained(script, tmp_path, "Both-v0", 6_000, loss="squared")
+def test_both_ends(tmp_path):
+    _, _, value = trained(tmp_path, "Both-v0", 6_000, loss="squared")
     assert value([0, 0]) == pytest.approx([1 / (1 - 0.8 * 0.9)], abs=0.2)
 
 
-@both
-def test_two_step_credit(script, tmp_path):
+def test_two_step_credit(tmp_path):
     """The second observation does not tell the first action: only N = 2 can give it credit."""
-    returns, _, value = trained(script, tmp_path, "TwoStep-v0", 3_000, n_step=2)
+    returns, _, value = trained(tmp_path, "TwoStep-v0", 3_000, n_step=2)
     assert returns.mean() == 1
     assert value([0, 1], [0, -1]) == pytest.approx([0.9, 0.9], abs=0.1)

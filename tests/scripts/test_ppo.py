@@ -1,8 +1,5 @@
 """ppo.py: its equations against sums over finite distributions, their gradients, and its loop."""
 
-import re
-
-import envs
 import gymnasium as gym
 import numpy as np
 import ppo
@@ -377,17 +374,6 @@ def test_the_entropy_bonus_keeps_the_policy_wide(tmp_path):
     )  # log 2 is 0.69; without it, towards 0
 
 
-def test_time_limit_does_not_end_the_value(tmp_path):
-    _, value = trained(tmp_path, "Truncates-v0", 20_000)
-    assert value([0, 0]) == pytest.approx([10], abs=0.3)
-
-
-def test_a_time_limit_bootstraps_from_the_final_observation(tmp_path):
-    """Not from the first one of the next episode, which stands for another state."""
-    _, value = trained(tmp_path, "Stays-v0", 20_000)
-    assert value([1, 0], [-1, 0]) == pytest.approx([10, -10], abs=0.5)
-
-
 def test_an_integer_box_is_learned(tmp_path):
     returns, _ = trained(tmp_path, "Dimmer-v0", 16_000)
     assert returns.mean() > 0.95
@@ -467,22 +453,6 @@ def test_no_clip_of_the_gradient(tmp_path):
         path = tmp_path / str(norm) / "checkpoint.pt"
         weights.append(torch.load(path, weights_only=True)["policy"]["0.weight"])
     assert torch.equal(*weights) and weights[0].abs().max() > 0
-
-
-@pytest.mark.parametrize("env_id", ["Constant-v0", "TwoStep-v0", "Truncates-v0"])
-def test_only_real_steps_are_counted(tmp_path, capsys, env_id):
-    """Odd rollouts, so that reset steps fall on their borders too."""
-    before = envs.Tiny.steps
-    returns, _ = trained(tmp_path, env_id, 200, num_steps=7, num_envs=3)
-    in_evaluation = sum(
-        {"Constant-v0": 1, "TwoStep-v0": 2, "Truncates-v0": 5}[env_id] for _ in returns
-    )
-    counted = int(re.search(r"env_steps=(\d+)", capsys.readouterr().out)[1])
-    assert counted == envs.Tiny.steps - before - in_evaluation
-    logged = scalars(tmp_path)
-    assert logged["charts/episodic_length"] == pytest.approx(
-        [in_evaluation / len(returns)] * len(logged["charts/episodic_length"])
-    )
 
 
 def test_asymmetric_clip_and_penalty_reach_the_update(tmp_path):

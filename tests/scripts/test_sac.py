@@ -350,17 +350,6 @@ def test_an_integer_box_is_learned(tmp_path):
     assert returns.mean() > 0.9
 
 
-def test_time_limit_does_not_end_the_value(tmp_path):
-    _, _, value = trained(tmp_path, "TruncatesBox-v0", 1_500, tau=0.2)
-    assert value([0, 0]) == pytest.approx([10], abs=0.4)
-
-
-def test_a_time_limit_bootstraps_from_the_final_observation(tmp_path):
-    """Not from the first one of the next episode, which stands for another state."""
-    _, _, value = trained(tmp_path, "StaysBox-v0", 2_500, tau=0.2)
-    assert value([1, 0], [-1, 0]) == pytest.approx([10, -10], abs=0.7)
-
-
 def test_termination_ends_the_value(tmp_path):
     _, _, value = trained(tmp_path, "TerminatesBox-v0", 1_500)
     exact = [(1 - 0.9 ** (5 - t)) / 0.1 for t in range(5)]

@@ -1,12 +1,9 @@
-"""td3.py: what it adds to ddpg.py. The rest is in test_ddpg.py, for all three at once."""
+"""td3.py: what it adds to ddpg.py. The rest is in test_ddpg.py, for both at once."""
 
-import gymnasium as gym
-import numpy as np
 import pytest
 import td3
 import torch
-
-BOX = gym.spaces.Box(-2, 2, (2,))
+from test_ddpg import arguments, networks, trained
 
 
 def test_smoothing_is_clipped_twice():
@@ -16,9 +13,9 @@ def test_smoothing_is_clipped_twice():
 
 
 def test_target_takes_the_lower_critic():
-    reward, bootstrap = torch.tensor([1.0, 2.0, 3.0]), torch.tensor([0.9, 0.9, 0.0])
+    reward, discount = torch.tensor([1.0, 2.0, 3.0]), torch.tensor([0.9, 0.9, 0.0])
     q_next = torch.tensor([[10.0, 30.0, 5.0], [20.0, 20.0, 5.0]])
-    assert td3.td3_target(reward, bootstrap, q_next).tolist() == pytest.approx([10, 20, 3])
+    assert td3.td3_target(reward, discount, q_next).tolist() == pytest.approx([10, 20, 3])
 
 
 def test_the_lower_critic_does_not_overestimate():
@@ -36,39 +33,39 @@ def test_the_lower_critic_does_not_overestimate():
 
 
 @pytest.mark.parametrize("actor_every", [1, 2, 3])
-def test_actor_and_targets_wait_for_the_critics(actor_every):
-    torch.manual_seed(0)
-    args = td3.Args(hidden=8, batch_size=4, actor_every=actor_every)
-    networks, vectors, optimizers = td3.initialise(args, 3, BOX)
-    batch = [torch.randn(4, 3), torch.rand(4, 2), torch.randn(4), torch.randn(4, 3), torch.ones(4)]
-    for number in range(6):
-        before = [theta.clone() for theta in vectors]
-        scalars = td3.update(args, networks, vectors, optimizers, batch, number)
-        theta, phi, target_theta, target_phi = (
-            not torch.equal(a, b) for a, b in zip(before, vectors, strict=True)
-        )
-        assert phi and theta == target_theta == target_phi == ((number + 1) % actor_every == 0)
-        assert ("actor_loss" in scalars) == theta
+def test_actor_and_targets_wait_for_the_critics(tmp_path, monkeypatch, actor_every):
+    """Counted from the beginning of training, not from that of the process."""
+    seen, step, update = [], torch.optim.Adam.step, td3.soft_update
+
+    def spy(self, *a):
+        of_critics = self.param_groups[0]["params"][0].ndim == 3
+        seen.append("critics" if of_critics else "actor")
+        return step(self, *a)
+
+    monkeypatch.setattr(torch.optim.Adam, "step", spy)
+    monkeypatch.setattr(td3, "soft_update", lambda *a: seen.append("targets") or update(*a))
+    trained(td3, tmp_path, 205, actor_every=actor_every)
+    trained(td3, tmp_path, 212, actor_every=actor_every, resume=str(tmp_path / "checkpoint.pt"))
+    exact = []
+    for number in range(1, 13):
+        exact += ["critics"] + ["actor", "targets"] * (number % actor_every == 0)
+    assert seen == exact
 
 
-def test_the_actor_climbs_the_first_critic_alone():
-    """With a second critic of any other weights its step is the same."""
-    batch = [torch.randn(4, 3), torch.rand(4, 2), torch.randn(4), torch.randn(4, 3), torch.ones(4)]
-    actors = []
-    for factor in (1.0, -3.0):
-        torch.manual_seed(0)
-        args = td3.Args(hidden=8, batch_size=4, actor_every=1, learning_rate=0.0)
-        state = td3.initialise(args, 3, BOX)
-        for parameter in state[0]["critic"].parameters():
-            parameter.data[1] *= factor
-        td3.update(args, *state, batch, 0)
-        actors.append(state[2][0].m.clone())  # a tenth of the gradient
-    assert actors[0].abs().max() > 0
-    torch.testing.assert_close(*actors)
+def test_the_targets_noise_is_torchs_and_of_every_transition(tmp_path, monkeypatch):
+    shapes, smooth = [], td3.smooth
+
+    def spy(action, noise, target_sigma, noise_clip):
+        assert (target_sigma, noise_clip) == (0.2, 0.5)
+        shapes.append((action.shape, noise.shape, noise.unique().numel()))
+        return smooth(action, noise, target_sigma, noise_clip)
+
+    monkeypatch.setattr(td3, "smooth", spy)
+    trained(td3, tmp_path, 203)
+    assert shapes == [((64, 1), (64, 1), 64)] * 3
 
 
-def test_exploration_is_normal_around_the_policy():
-    noise = np.random.default_rng(0).normal(size=(10_000, 2))
-    action = td3.explore(np.array([0.2, -0.1]), noise, 0.1)
-    np.testing.assert_allclose(action.mean(0), [0.2, -0.1], atol=0.005)
-    np.testing.assert_allclose(action.std(0), 0.1, atol=0.005)
+def test_critics_begin_apart():
+    _, critic = networks(td3, arguments(td3))
+    q = critic(torch.randn(5, 2), torch.rand(5, 1))
+    assert q.shape == (2, 5) and not torch.equal(q[0], q[1])

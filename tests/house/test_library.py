@@ -1,0 +1,164 @@
+"""The scripts called from other code: in a sweep, a thread, a pool, with numbers of other kinds."""
+
+import multiprocessing
+import re
+import signal
+import threading
+
+import envs
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, SCRIPTS, command, module
+from runs import TORCHRUN, args, env_id, every_script, load, refused, train
+
+
+@every_script
+def test_train_leaves_its_caller_as_it_was(name, tmp_path):
+    """Environments closed, threads and signal handlers as before, also after a failure."""
+    opened = []
+
+    class Counted(getattr(envs, env_id(name, "Constant").removesuffix("-v0"))):
+        def __init__(self):
+            opened.append(self)
+            self.good = not fails
+
+        def step(self, action):
+            if fails:
+                raise OSError("the simulator went away")
+            return super().step(action)
+
+        def close(self):
+            opened.remove(self)
+
+    def as_it_was():
+        return (
+            opened == [] and torch.get_num_threads() == 2 and not torch.is_inference_mode_enabled()
+        )
+
+    gym.registry.pop("Counted-v0", None)
+    gym.register("Counted-v0", Counted, disable_env_checker=True)
+    threads, handlers = torch.get_num_threads(), [signal.getsignal(s) for s in (1, 2, 15)]
+    torch.set_num_threads(2)
+    fails, options = False, dict(env_id="Counted-v0", total_timesteps=200)
+    try:
+        train(name, tmp_path / "a", **options, eval_every=100)
+        assert as_it_was()
+        with pytest.raises(module(name).Refusal, match="holds a checkpoint"):
+            train(name, tmp_path / "a", **options)
+        assert as_it_was()
+        fails = True
+        with pytest.raises(OSError):
+            train(name, tmp_path / "b", **options)
+        assert as_it_was()
+        fails = False
+        train(name, tmp_path / "c", **options)
+    finally:
+        torch.set_num_threads(threads)
+    assert handlers == [signal.getsignal(s) for s in (1, 2, 15)]
+
+
+@every_script
+def test_train_in_a_thread(name, tmp_path):
+    results = []
+    thread = threading.Thread(target=lambda: results.append(train(name, tmp_path)))
+    thread.start()
+    thread.join()
+    assert len(results[0]) == 3
+
+
+def test_train_in_the_processes_of_a_pool(tmp_path):
+    """Each with weights of its own seed."""
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        runs = [("ppo", tmp_path / str(seed), {"seed": seed}) for seed in (1, 2)]
+        returns = pool.starmap(in_a_pool, runs)
+    assert [len(x) for x in returns] == [3, 3]
+    train("ppo", tmp_path / "here", seed=2)
+    weights = [load(tmp_path / x)["policy"]["1.weight"] for x in ("1", "2", "here")]
+    assert torch.equal(*weights[1:]) and not torch.equal(*weights[:2])
+
+
+def in_a_pool(name, run_dir, options):
+    return train(name, run_dir, **options)
+
+
+@every_script
+def test_readme_says_how_to_use_a_saved_policy(name, tmp_path):
+    train(name, tmp_path)
+    code = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)[1]
+    code = code.replace("ppo", name).replace("runs/.../checkpoint.pt", f"{tmp_path}/checkpoint.pt")
+    found = {}
+    exec(code, found)
+    assert np.isfinite(found["reward"])
+
+
+@every_script
+def test_a_policy_acts_on_batches_of_any_kind_of_number(name, tmp_path):
+    """float32 and float64, one row and many; deterministic, without gradient."""
+    options = args(name, tmp_path, env_id=env_id(name, "Draws"))
+    env = module(name).make_env(options)
+    policy = module(name).make_policy(env, options)
+    obs = np.random.default_rng(0).normal(size=(5, 2))
+    actions = policy.act(obs)
+    assert isinstance(actions, np.ndarray) and all(env.action_space.contains(a) for a in actions)
+    for given in (obs.astype(np.float32), torch.from_numpy(obs).float().numpy()):
+        np.testing.assert_allclose(policy.act(given), actions, atol=1e-5)
+    one = [policy.act(row[None])[0] for row in obs]
+    np.testing.assert_allclose(one, actions, atol=1e-5)
+
+
+# Options
+
+
+@every_script
+def test_numbers_of_other_kinds(name, tmp_path):
+    """numpy's become plain ones, an int where a float stands is one; the checkpoint loads."""
+    floats = [key for key, kind in module(name).Args.__annotations__.items() if kind is float]
+    fields = module(name).Args.__dataclass_fields__
+    whole = {key: int(fields[key].default) for key in floats if fields[key].default % 1 == 0}
+    others = {key: np.float64(fields[key].default) for key in floats if key not in whole}
+    given = args(name, tmp_path, **whole, **others, seed=np.int64(3), hidden=np.int32(8))
+    assert all(type(getattr(given, key)) is float for key in floats) and floats
+    assert type(given.seed) is int and type(given.hidden) is int
+    module(name).train(given)
+    saved = load(tmp_path)["args"]
+    assert saved["hidden"] == 8 and all(saved[key] == fields[key].default for key in floats)
+
+
+@every_script
+def test_options_of_the_wrong_type_are_refused(name, tmp_path):
+    """Given to Args, and out of a checkpoint."""
+    train(name, tmp_path, total_timesteps=100)
+    saved = load(tmp_path)
+    wrong = dict(
+        seed="1", hidden=2.5, eval_every=None, capture_video="yes", env_kwargs={}, device=0
+    )
+    for option, value in wrong.items():
+        flag = option.replace("_", "-")
+        with pytest.raises(module(name).Refusal, match=flag):
+            args(name, tmp_path, **{option: value})
+        if option != "device":  # that of a checkpoint is not taken over
+            changed = {**saved, "args": {**saved["args"], option: value}}
+            torch.save(changed, tmp_path / "changed.pt")
+            refused(command(name, "--resume", tmp_path / "changed.pt"), flag)
+    with pytest.raises(module(name).Refusal, match="device"):
+        args(name, tmp_path, device="tpu")
+
+
+# Variables of torchrun
+
+
+def test_torchrun_is_refused_where_it_is_not_supported(monkeypatch, tmp_path):
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
+    for name in set(SCRIPTS) - set(TORCHRUN):
+        with pytest.raises(module(name).Refusal, match="torchrun"):
+            args(name, tmp_path)
+
+
+@pytest.mark.parametrize("name", TORCHRUN)
+def test_variables_of_torchrun_without_torchrun_do_nothing(name, monkeypatch, tmp_path):
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    monkeypatch.setenv("RANK", "1")
+    train(name, tmp_path, total_timesteps=100)
+    assert (tmp_path / "checkpoint.pt").exists()
