@@ -373,8 +373,8 @@ def train(args: Args) -> np.ndarray:
         policies = make_policy(env, args).double().to(device)
         policies.mu.fill_(args.init_mean)
         d = len(policies.mu)
-        if d > 10_000:
-            raise Refusal(f"--layers, --hidden: C of {d} parameters is too large; 10,000 fit")
+        if d > 5_000:
+            raise Refusal(f"--layers, --hidden: C of {d} parameters is too large; 5,000 fit")
         envs = make_candidates(stack, env, args, n)
         search = nn.Module()  # what a checkpoint holds of the search distribution beside μ
         search.sigma = nn.Buffer(torch.full_like(policies.mu[0], args.init_sigma))

@@ -30,13 +30,15 @@ def cross_entropy(function, mu, sigma, n, rho, noise, generator):
         yield theta, mu, var.diag()
 
 
-def document(function, mu, sigma, n, rho, noise, generator):
-    """Minimise function by the document's update: each generation's theta, then mu and Sigma."""
+def document(function, mu, sigma, n, rho, noise, draw):
+    """Minimise function by the document's update: each generation's theta, then mu and Sigma.
+
+    draw() returns epsilon, (n, d).
+    """
     d, k = len(mu), math.floor(rho * n)
     Sigma, weights = sigma**2 * torch.eye(d, dtype=torch.float64), cmaes.rank_weights(k, k)
     while True:
-        epsilon = torch.randn(n, d, generator=generator, dtype=torch.float64)
-        theta = cmaes.sample_correlated(mu, cmaes.square_root(Sigma), epsilon)
+        theta = cmaes.sample_correlated(mu, cmaes.square_root(Sigma), draw())
         elites = theta[function(theta).argsort()[:k]]
         mu = cmaes.update_mean(mu, elites, weights, 1.0)
         Sigma = cmaes.elite_covariance(elites, mu, noise)
@@ -52,10 +54,8 @@ def hansen(function, mu, sigma, n, draw):
     C, p_sigma, p_c = torch.eye(d).to(mu), torch.zeros_like(mu), torch.zeros_like(mu)
     generation, k = torch.zeros((), dtype=torch.float64), n // 2
     weights, mu_eff, c_sigma, d_sigma, c_c, c_1, c_mu = cmaes.strategy_parameters(n, d)
-    gap = max(1, math.floor(1 / (10 * d * (c_1 + c_mu))))
     while True:
-        if generation % gap == 0:
-            root = cmaes.square_root(C)
+        root = cmaes.square_root(C)
         epsilon = draw()
         theta = cmaes.sample_correlated(mu, sigma * root, epsilon)
         order = function(theta).argsort()
@@ -73,7 +73,7 @@ def hansen(function, mu, sigma, n, draw):
 
 
 def normal(n, d, seed):
-    """draw for hansen."""
+    """draw for document and hansen."""
     generator = torch.Generator().manual_seed(seed)
     return lambda: torch.randn(n, d, generator=generator, dtype=torch.float64)
 
@@ -119,7 +119,7 @@ def picture(path):
     generator, one = torch.Generator().manual_seed(0), torch.ones((), dtype=torch.float64)
     searches = {
         "CEM": cross_entropy(valley, start, one, n, 0.4, 0.02, generator),
-        "CMA-ES, the document's": document(valley, start, one, n, 0.4, 0.02, generator),
+        "CMA-ES, the document's": document(valley, start, one, n, 0.4, 0.02, normal(n, 2, 0)),
         "CMA-ES, Hansen's": (
             (theta, mu, sigma**2 * C)
             for theta, mu, sigma, C, *_ in hansen(valley, start, one, n, normal(n, 2, 0))

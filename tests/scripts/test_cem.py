@@ -1,10 +1,13 @@
 """cem.py: its distribution, its update, its population, and its loop."""
 
+from contextlib import ExitStack
+
 import cem
 import envs
 import numpy as np
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 
 def options(tmp_path, env_id, steps, **more):
@@ -68,15 +71,21 @@ def test_cem_minimises():
 # Population
 
 
+def population(env_id, n, **more):
+    """Policies for env_id with the options, and n of its environments."""
+    args = cem.Args(env_id=env_id, **{"hidden": 4, **more})
+    env = cem.make_env(args)
+    return cem.make_policy(env, args), cem.make_candidates(ExitStack(), env, args, n)
+
+
 @pytest.mark.parametrize("env_id", ["CartPole-v1", "MatchedBox-v0"])
 @pytest.mark.parametrize("layers", [0, 1, 2])
 def test_all_act_as_each_alone(env_id, layers):
-    policies = cem.Policies(cem.make_envs(env_id, 5), 8, layers)
+    policies, _ = population(env_id, 1, hidden=8, layers=layers)
     rng = np.random.default_rng(0)
-    theta = rng.normal(size=(5, policies.dim)).astype(np.float32)
+    theta = rng.normal(size=(5, len(policies.mu))).astype(np.float32)
     obs = rng.normal(size=(5, policies.sizes[0])).astype(np.float32)
-    together = policies.act(policies.unpack(theta), obs)
-    assert together.shape == (5, *policies.space.shape)
+    together = policies.actions(policies.unpack(theta), obs)
     for i in range(5):
         x, first = torch.from_numpy(obs[i]), 0
         for layer, (inputs, outputs) in enumerate(zip(policies.sizes[:-1], policies.sizes[1:])):
@@ -84,57 +93,93 @@ def test_all_act_as_each_alone(env_id, layers):
             rows = torch.from_numpy(theta[i, first : first + size]).reshape(outputs, inputs + 1)
             x, first = rows[:, :inputs] @ x + rows[:, inputs], first + size
             x = x if layer == layers else x.tanh()
-        alone = x.argmax().item() if policies.discrete else (x.numpy() * 5 + 5).clip(0, 10)
+        alone = x.argmax().item() if env_id == "CartPole-v1" else (x.numpy() * 5 + 5).clip(0, 10)
         np.testing.assert_allclose(together[i], alone, atol=1e-4)
-    assert first == policies.dim
+        policies.mu = torch.from_numpy(theta[i])
+        np.testing.assert_allclose(policies.act(obs)[i], alone, atol=1e-4)
+    assert first == len(policies.mu)
 
 
 def test_only_running_episodes_are_stepped_and_counted():
-    vector = cem.make_envs("Both-v0", 8)
-    policies = cem.Policies(vector, 4, 1)
+    policies, candidates = population("Both-v0", 8)
     before = envs.Tiny.steps
-    theta = np.zeros((8, policies.dim), np.float32)
-    returns, lengths = cem.play(vector, policies, theta, np.arange(8))
-    assert envs.Tiny.steps - before == lengths.sum() and len(set(lengths)) > 1
+    theta = np.zeros((8, len(policies.mu)), np.float32)
+    returns, lengths, seen, steps = cem.play(candidates, policies, theta, [*range(8)])
+    assert envs.Tiny.steps - before == steps == lengths.sum() == len(seen)
+    assert len(set(lengths)) > 1
     np.testing.assert_array_equal(returns, lengths)  # reward 1 a step, truncated or not
     assert lengths.max() == 5, "a time limit is an end"
 
 
-@pytest.mark.parametrize("mode", [None, "sync"])
-def test_whole_episodes_of_the_native_and_the_listed_environments(mode):
-    """A policy that always pushes right falls in 8 to 11 steps, one that balances does not."""
-    vector = cem.make_envs("CartPole-v1", 3, vectorization_mode=mode)
-    policies = cem.Policies(vector, 1, 0)
+def pushers():
+    """θ of three linear policies for CartPole: always right, one that balances, always left."""
     theta = np.zeros((3, 2, 5), np.float32)  # an action a row, of weights and then the bias
     theta[0, :, 4] = [0, 1]  # bias towards 1
     theta[1, 1, 2:4] = 1, 1  # angle plus angular velocity
     theta[2, :, 4] = [1, 0]
+    return theta.reshape(3, -1)
+
+
+@pytest.mark.parametrize("common", [False, True])
+def test_whole_episodes_of_the_native_and_the_listed_environments(common):
+    """A policy that always pushes right falls in 8 to 11 steps, one that balances does not."""
+    policies, candidates = population("CartPole-v1", 3, layers=0, common_seeds=common)
+    assert isinstance(candidates, list) == common
     for seed in range(5):
-        seeds = np.full(3, seed)
-        returns, lengths = cem.play(vector, policies, theta.reshape(3, -1), seeds)
+        returns, lengths, seen, steps = cem.play(candidates, policies, pushers(), [seed] * 3)
         np.testing.assert_array_equal(returns, lengths)
         assert 7 <= returns[0] <= 12 and returns[1] > 100 and 7 <= returns[2] <= 12
+        assert len(seen) == lengths.sum()
+        if common:
+            assert steps == lengths.sum()
+        else:  # the two that fell play on; each fall costs a reset step, which simulates nothing
+            falls = [lengths[1] // (lengths[i] + 1) for i in (0, 2)]
+            assert 3 * lengths[1] - 2 * sum(falls) < steps < 3 * lengths[1]
+
+
+@pytest.mark.parametrize("fault", ["observation", "reward"])
+def test_one_number_that_is_not_finite_is_refused(monkeypatch, fault):
+    """An argmax hides it, and a maximum: the fitness of that candidate would look like any other."""
+    monkeypatch.setattr(envs.Faulty, "good", envs.Faulty.steps + 7)
+    policies, _ = population("Faulty-v0", 1)
+    candidates = [envs.Faulty(fault) for _ in range(3)]
+    with pytest.raises(cem.Refusal, match="not finite"):
+        cem.play(candidates, policies, np.zeros((3, len(policies.mu)), np.float32), [1, 2, 3])
 
 
 def test_common_seeds_give_equal_candidates_equal_fitness():
-    vector = cem.make_envs("CartPole-v1", 4, vectorization_mode="sync")
-    policies = cem.Policies(vector, 4, 1)
-    theta = np.random.default_rng(1).normal(size=(1, policies.dim)).astype(np.float32)
-    returns, _ = cem.play(vector, policies, theta.repeat(4, 0), np.full(4, 7))
+    policies, candidates = population("CartPole-v1", 4, common_seeds=True)
+    theta = np.random.default_rng(1).normal(size=(1, len(policies.mu))).astype(np.float32)
+    returns, *_ = cem.play(candidates, policies, theta.repeat(4, 0), [7] * 4)
     assert len(set(returns)) == 1
-    again, _ = cem.play(vector, policies, theta.repeat(4, 0), np.arange(4))
+    again, *_ = cem.play(candidates, policies, theta.repeat(4, 0), [*range(4)])
     assert len(set(again)) > 1
 
 
 @pytest.mark.parametrize("common", [False, True])
 def test_start_seeds_of_a_generation(tmp_path, monkeypatch, common):
     seen, play = [], cem.play
-    monkeypatch.setattr(cem, "play", lambda *a: seen.append(a[-1].tolist()) or play(*a))
+    monkeypatch.setattr(cem, "play", lambda *a: seen.append(a[-1]) or play(*a))
     more = dict(common_seeds=common, episodes=3, candidates=4)
     cem.train(options(tmp_path, "Matched-v0", 24, **more))
     assert len(seen) == 6, "two generations of three episodes"
     assert all(len(set(seeds)) == (1 if common else 4) for seeds in seen)
     assert len({seeds[0] for seeds in seen}) == 6, "no episode has the seeds of another"
+
+
+@pytest.mark.parametrize("env_id", ["Both-v0", "CartPole-v1"])
+def test_fitness_is_of_whole_episodes_and_all_steps_are_counted(tmp_path, monkeypatch, env_id):
+    played, play = [], cem.play
+    monkeypatch.setattr(cem, "play", lambda *a: played.append(play(*a)) or played[-1])
+    cem.train(options(tmp_path, env_id, 3_000, episodes=2))
+    checkpoint = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
+    assert checkpoint["env_steps"] == sum(steps for *_, steps in played)
+    lengths = sum(lengths.sum() for _, lengths, *_ in played)
+    assert (checkpoint["env_steps"] == lengths) == (env_id == "Both-v0")
+    log = EventAccumulator(str(tmp_path)).Reload()
+    means = [np.mean([a[0], b[0]]) for a, b in zip(played[::2], played[1::2])]
+    logged = [event.value for event in log.Scalars("losses/fitness")]
+    np.testing.assert_allclose(logged, means, rtol=1e-6)
 
 
 # Learning
@@ -156,6 +201,7 @@ def test_decaying_noise_ends_at_zero(tmp_path):
     """With eta = 0 in the end the search narrows to nothing; with constant eta it cannot."""
     for decay, below in ((True, True), (False, False)):
         more = dict(noise=0.04, decay_noise=decay, layers=0)
-        cem.train(options(tmp_path, "MatchedBox-v0", 4_000, **more))
-        var = torch.load(tmp_path / "checkpoint.pt", weights_only=True)["search"]["var"]
+        cem.train(options(tmp_path / str(decay), "MatchedBox-v0", 4_000, **more))
+        path = tmp_path / str(decay) / "checkpoint.pt"
+        var = torch.load(path, weights_only=True)["search"]["var"]
         assert (var.min() < 0.04).item() == below

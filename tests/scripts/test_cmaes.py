@@ -1,5 +1,6 @@
 """cmaes.py: both updates against written-out loops, on functions, against pycma, and its loop."""
 
+import itertools
 import math
 import statistics
 import sys
@@ -249,9 +250,7 @@ def linear(x):
 def test_on_a_slope_the_documents_search_shrinks_and_hansens_grows():
     """The better half is narrow along the progress: 1 - 2 / pi of the variance around its mean."""
     d, n = 4, 2000
-    search = document(
-        linear, torch.zeros(d).double(), 1.0, n, 0.5, 0.0, torch.Generator().manual_seed(0)
-    )
+    search = document(linear, torch.zeros(d).double(), 1.0, n, 0.5, 0.0, normal(n, d, 0))
     found = [next(search) for _ in range(80)]
     variances = torch.stack([Sigma.diagonal() for _, _, Sigma in found[:10]])
     assert (variances[:, 0] < 0.8 ** torch.arange(1, 11)).all(), "a little around the weighted mean"
@@ -314,30 +313,47 @@ def options(tmp_path, env_id, steps, **more):
 
 
 def state(tmp_path):
-    return torch.load(tmp_path / "checkpoint.pt", weights_only=True)["search"]
+    """The search distribution that a run has saved."""
+    checkpoint = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
+    return checkpoint["search"] | checkpoint["policy"]
 
 
-def test_train_is_the_search_tested_above(tmp_path):
+def draws(n):
+    """draw for document and hansen: what train draws, one step for each of n candidates."""
+    steps = itertools.count(0, n)
+
+    def draw():
+        rng = np.random.default_rng([1, next(steps), 1])
+        rng.integers(2**32, size=3)  # seeds of other generators
+        return torch.from_numpy(rng.standard_normal((n, 5)))
+
+    return draw
+
+
+@pytest.mark.parametrize("alpha", [1.0, 0.5])
+def test_train_is_the_search_tested_above(tmp_path, monkeypatch, alpha):
     """Both updates, from the same random numbers: mean, step size, covariance and paths."""
-    n, seed = 9, cmaes.env_seed(1, 0, 0)
-    more = dict(candidates=n, init_mean=1.0, init_sigma=0.5)
-    cmaes.train(options(tmp_path, "Function-v0", 40 * n, update="hansen", **more))
+    n = 9
+    more = dict(candidates=n, init_mean=1.0, init_sigma=0.5, alpha=alpha)
     start = torch.ones(5, dtype=torch.float64)
-    search = hansen(ellipsoid, start, double(0.5).squeeze(), n, normal(n, 5, seed))
+    update_mean = cmaes.update_mean
+    cmaes.train(options(tmp_path / "hansen", "Function-v0", 40 * n, update="hansen", **more))
+    document_options = dict(update="document", rho=0.5, noise=1e-4)
+    cmaes.train(options(tmp_path / "doc", "Function-v0", 20 * n, **document_options, **more))
+
+    monkeypatch.setattr(cmaes, "update_mean", lambda *a: update_mean(*a[:3], alpha))
+    search = hansen(ellipsoid, start, double(0.5).squeeze(), n, draws(n))
     for _ in range(40):
         _, mu, sigma, C, p_sigma, p_c, _ = next(search)
-    found = state(tmp_path)
+    found = state(tmp_path / "hansen")
     expected = {"mu": mu, "sigma": sigma, "C": C, "p_sigma": p_sigma, "p_c": p_c}
     for name, tensor in expected.items():
         torch.testing.assert_close(found[name], tensor, msg=name)
 
-    more |= dict(update="document", rho=0.5, noise=1e-4)
-    cmaes.train(options(tmp_path, "Function-v0", 20 * n, **more))
-    generator = torch.Generator().manual_seed(seed)
-    search = document(ellipsoid, start, 0.5, n, 0.5, 1e-4, generator)
+    search = document(ellipsoid, start, 0.5, n, 0.5, 1e-4, draws(n))
     for _ in range(20):
         _, mu, Sigma = next(search)
-    found = state(tmp_path)
+    found = state(tmp_path / "doc")
     torch.testing.assert_close(found["mu"], mu)
     torch.testing.assert_close(found["sigma"] ** 2 * found["C"], Sigma)
 
@@ -347,7 +363,7 @@ def test_a_resumed_search_keeps_its_shape(tmp_path):
     cmaes.train(options(tmp_path, "Function-v0", 60, **more))
     before = state(tmp_path)
     resume = str(tmp_path / "checkpoint.pt")
-    cmaes.train(options(tmp_path, "Function-v0", 66, resume=resume, **more))
+    cmaes.train(options(tmp_path, "Function-v0", 66, **more | {"resume": resume}))
     after = state(tmp_path)
     assert (before["generation"], after["generation"]) == (10, 11)
     c_1, c_mu = cmaes.strategy_parameters(6, 5)[-2:]
@@ -373,35 +389,19 @@ def test_hidden_layers_learn_too(tmp_path):
     assert cmaes.train(options(tmp_path, "Matched-v0", 2_000, **more)).mean() == 1
 
 
-# Memory
+@pytest.mark.parametrize("common", [False, True])
+def test_common_seeds(tmp_path, monkeypatch, common):
+    seen, play = [], cmaes.play
+    monkeypatch.setattr(cmaes, "play", lambda *a: seen.append(a[-1]) or play(*a))
+    more = dict(common_seeds=common, episodes=2, candidates=4)
+    cmaes.train(options(tmp_path, "Matched-v0", 16, **more))
+    assert len(seen) == 4, "two generations of two episodes"
+    assert all(len(set(seeds)) == (1 if common else 4) for seeds in seen)
+    assert len({seeds[0] for seeds in seen}) == 4, "no episode has the seeds of another"
 
 
-@pytest.mark.parametrize("layers", [1, 2])
-def test_a_covariance_too_large_is_refused(monkeypatch, capsys, layers):
-    """The hidden size that the message names fits, and one more does not."""
-    pages = {"SC_PAGE_SIZE": 4096, "SC_PHYS_PAGES": 10_000}  # 41 MB
-    monkeypatch.setattr(cmaes.os, "sysconf", pages.get)
-    envs = cmaes.make_envs("CartPole-v1", 2)
-    with pytest.raises(SystemExit):
-        cmaes.check_memory(envs, cmaes.Args(layers=layers, hidden=10**9))
-    message = capsys.readouterr().err
-    d = cmaes.Policies(envs, 10**9, layers).dim
-    assert len(message.splitlines()) == 1 and f"{d} x {d}" in message and " GB of 0.0" in message
-    fits = int(message.split()[-1])
-    cmaes.check_memory(envs, cmaes.Args(layers=layers, hidden=fits))
-    assert 6 * 8 * cmaes.Policies(envs, fits, layers).dim ** 2 <= 41e6
-    with pytest.raises(SystemExit):
-        cmaes.check_memory(envs, cmaes.Args(layers=layers, hidden=fits + 1))
-
-
-def test_a_linear_policy_too_large_is_refused(monkeypatch, capsys):
-    monkeypatch.setattr(cmaes.os, "sysconf", lambda name: 1)
-    with pytest.raises(SystemExit):
-        cmaes.check_memory(cmaes.make_envs("CartPole-v1", 2), cmaes.Args(layers=0))
-    assert "no --hidden fits" in capsys.readouterr().err
-
-
-def test_one_candidate_is_refused(tmp_path, capsys):
-    with pytest.raises(SystemExit):
+def test_what_does_not_fit_is_refused(tmp_path):
+    with pytest.raises(cmaes.Refusal, match="--candidates 1 "):
         cmaes.train(options(tmp_path, "Matched-v0", 10, candidates=1))
-    assert "--candidates 1 " in capsys.readouterr().err
+    with pytest.raises(cmaes.Refusal, match=r"--layers, --hidden: C of 9992 parameters"):
+        cmaes.train(options(tmp_path, "Matched-v0", 10, layers=2, hidden=97))
