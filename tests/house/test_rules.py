@@ -23,6 +23,7 @@ OWN = {
     "train": "the algorithm itself",
     "make_policy": "the policy that the algorithm has",
     "Actor": "deterministic in ddpg and td3, a distribution in sac",
+    "Policies": "those of nes normalise observations",
 }
 
 # The plumbing is one text. Under torchrun run TORCHRUN; the others lack these of its functions, and
@@ -42,7 +43,13 @@ LINEAGE = {
         None,
     ),
     "a3c": ("a2c", "Args start_processes all_sum make_envs train", None),
-    "cmaes": ("cem", "Args train", None),
+    "cmaes": (
+        "cem",
+        "Args sample select cem_update sample_correlated rank_weights update_mean elite_covariance "
+        "square_root strategy_parameters cumulate relative_length h_sigma update_step_size "
+        "update_covariance train",
+        None,
+    ),
 }
 
 # Rule 4: most code lines and tokens (names, operators and numbers) of what a reader reads,
