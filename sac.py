@@ -143,7 +143,8 @@ def tanh_gaussian(mean, log_std, noise):
 
 
 def one_step_discount(gamma, terminated):
-    """γ (1 - terminated), the factor of what follows s'   [The SAC Q-Function, eq. 1]
+    """γ (1 - terminated), the factor of what follows s'
+    [Option 2: Off-Policy Actor-Critic with a Learned Q-Function, eq. 3]
 
     The document does not write that no value follows a terminal state. Returns a number in [0, 1].
     """
@@ -162,11 +163,11 @@ def sac_target(reward, discount, q_next, logp_next, alpha):
 
 
 def critic_loss(q, td_target):
-    """L = Σ_i E[(Q_i(s, a) - y)²]
+    """L = Σ_i E[(Q_i(s, a) - y)²], over the critics i that there are
     [Option 2: Off-Policy Actor-Critic with a Learned Q-Function, eq. 2]
 
-    Of each critic i as in [DDPG and TD3: The Full Algorithm, eq. 1].
-    q: (count, B); td_target y: (B,). Returns (), to be minimised, in squared units of reward.
+    Of each critic as in [DDPG and TD3: The Full Algorithm, eq. 1]. td_target y: (B,); q: (B,) of
+    one critic, (2, B) of two. Returns (), to be minimised, in squared units of reward.
     """
     return (q - td_target).pow(2).mean(-1).sum()
 

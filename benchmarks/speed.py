@@ -138,57 +138,6 @@ def alone(row):
     return row["steps"] / (time.time() - start)
 
 
-# The least time of one update, and of the same matrix products alone, as recorded from the update.
-PRODUCTS = """
-import json, sys, time
-settings = json.loads(sys.argv[1])
-sys.path.insert(0, settings["root"])
-import gymnasium, importlib, torch
-from torch.utils._python_dispatch import TorchDispatchMode
-torch.set_num_threads(settings["threads"])
-script = importlib.import_module(settings["script"])
-args = script.Args()
-state = script.initialise(args, 3, gymnasium.spaces.Box(-2, 2, (1,)))
-n = args.batch_size
-batch = [torch.randn(n, 3), torch.rand(n, 1), torch.randn(n), torch.randn(n, 3), torch.ones(n)]
-takes_number = "number" in script.update.__code__.co_varnames
-def pair():  # of updates: td3 moves its actor in every second one
-    for number in (0, 1):
-        script.update(args, *state, batch, *([number] if takes_number else []))
-found = []
-class Record(TorchDispatchMode):
-    def __torch_dispatch__(self, func, types, arguments=(), options=None):
-        if func._overloadpacket.__name__ in ("mm", "bmm", "addmm", "baddbmm"):
-            x, y = arguments[-2:]
-            x, y = (torch.randn(a.shape).as_strided(a.shape, a.stride()) if a.is_contiguous()
-                    else torch.randn(a.mT.shape).mT if a.mT.is_contiguous() else a for a in (x, y))
-            found.append((x, y, x.detach() @ y.detach()))
-        return func(*arguments, **(options or {}))
-pair()
-with Record():
-    pair()
-def products():
-    with torch.no_grad():
-        for x, y, out in found:
-            torch.matmul(x, y, out=out)
-times = []
-for work in (pair, products) * settings["repeats"]:
-    start = time.perf_counter()
-    work()
-    times.append((time.perf_counter() - start) / 2)
-print(json.dumps([min(times[::2]), min(times[1::2])]))
-"""
-
-
-def products(row, repeats):
-    """Milliseconds of an update, and of its matrix products alone."""
-    settings = {**row, "root": str(ROOT), "repeats": repeats}
-    environment = {**os.environ, "OMP_NUM_THREADS": str(row["threads"])}
-    line = [sys.executable, "-c", PRODUCTS, json.dumps(settings)]
-    done = subprocess.run(line, stdout=subprocess.PIPE, text=True, check=True, env=environment)
-    return [1e3 * seconds for seconds in json.loads(done.stdout)]
-
-
 def spread(values, form="{:,.0f}"):
     """Median, and least to most."""
     low, middle, high = np.percentile(values, [0, 50, 100])
@@ -215,11 +164,6 @@ def alone_row(row, repeats):
         a.append(ours(row, 1, f"--total-timesteps {row['steps']} {SHORT}").speed)
         b.append(alone(row))
     return [spread(a), spread(b), spread(np.divide(b, a), "{:.2f}")]
-
-
-def products_row(row, repeats):
-    a, b = products(row, 60 * repeats)
-    return [f"{a:.2f}", f"{b:.2f}", f"{a / b:.2f}"]
 
 
 def ranks_row(row, repeats):
@@ -306,11 +250,6 @@ TABLES = {  # of speed.toml: what measures a row, what it is, and the columns
         alone_row,
         "",
         "steps/s | of the environment alone | times as long | goal",
-    ),
-    "products": (
-        products_row,
-        "",
-        "least time of an update, ms | of its matrix products, ms | ratio | goal",
     ),
     "ranks": (ranks_row, "", "candidates/s, 2 processes | 1 process | ratio | goal"),
     "cold": (
