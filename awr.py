@@ -453,7 +453,8 @@ def train(args: Args) -> np.ndarray:
         policy = make_policy(env, args).to(device)
         norm = [policy[0]] if args.norm_obs else []  # the same one for both networks
         critic = nn.Sequential(*norm, *mlp(env, args, 1, gain=0.01)).to(device)  # (1 - γ) V_φ
-        theta = [x for layer in policy for x in layer.parameters()]  # without σ, which stays
+        # θ is without σ, which stays as it is: the gradient it gets is not read.
+        theta = [x for layer in policy for x in layer.parameters()]
         actor_optimizer = torch.optim.Adam(theta, eps=1e-5, fused=True)
         critic_optimizer = torch.optim.Adam(critic.parameters(), eps=1e-5, fused=True)
 
@@ -552,7 +553,7 @@ def train(args: Args) -> np.ndarray:
                 loss = penalty * excess_penalty(output, limits) - objective
                 for x in theta:  # as zero_grad does, in less time
                     x.grad = None
-                loss.backward(inputs=theta)
+                loss.backward()
                 actor_optimizer.step()
                 losses.append(loss.detach())
 
