@@ -70,25 +70,6 @@ def test_time_dependent_baseline(task):
     check_baseline(mdp, theta, gradient, lambda t: (law * mdp.to_go(t, STEPS)).sum())
 
 
-@pytest.mark.parametrize("kind", ["constant", "time"])
-def test_a_mean_over_the_batch_shrinks_the_gradient(task, kind):
-    """b = 1/N Σ_i, as [Baseline] has b_t, contains the return it is subtracted from.
-
-    Over all pairs of trajectories, N = 2, the expected estimate is ∇U (N - 1)/N.
-    """
-    mdp, theta, gradient = task
-    law, score = mdp.law(theta.softmax(-1), 2), scores(theta)
-    gradient = jacobian(lambda x: mdp.episode_value(x.softmax(-1), 2), theta)
-    law, total = law.flatten(), 0.0
-    for t in range(2):
-        own = place(score, t, 2).expand(3, 2, 3, 2, 6).reshape(36, 6)
-        G, R = ((mdp.to_go(k, 2) + 0 * mdp.to_go(0, 2)).flatten() for k in (t, 0))
-        G_or_R = R if kind == "constant" else G
-        advantage = G[:, None] - (G_or_R[:, None] + G_or_R) / 2  # of one beside the other
-        total = total + torch.einsum("i,j,ij,id->d", law, law, advantage, own)
-    close(total, gradient / 2)
-
-
 def test_value_is_the_expected_return_to_go():
     """b(s) = E[r_t + ... + r_{T-1} | s_t = s] = V^π(s)   [Baseline, eq. 4]
 

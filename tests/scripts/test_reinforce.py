@@ -1,4 +1,4 @@
-"""reinforce.py: its estimates on trajectories that can all be listed, and its loop, step by step."""
+"""reinforce.py: its estimates on trajectories that can be listed, and its loop, step by step."""
 
 import csv
 import itertools
@@ -56,7 +56,7 @@ def test_the_loss_is_minus_the_estimate():
 
 
 def test_means_of_a_batch_of_unequal_lengths():
-    """Both over all N trajectories: after its end a trajectory counts with G_t = 0, or with R(τ)."""
+    """Over all N trajectories: after its end one counts with G_t = 0, or with R(τ)."""
     lengths = [5, 2, 3]
     rewards = torch.randn(5, 3) * (torch.arange(5)[:, None] < torch.tensor(lengths))
     returns = reinforce.returns_to_go(rewards, 0.9)
@@ -128,7 +128,7 @@ class Game:
 
 @pytest.mark.parametrize("gamma", [1.0, 0.8])
 @pytest.mark.parametrize("weight", ["to-go", "trajectory"])
-def test_what_each_baseline_leaves_of_the_expected_gradient(weight, gamma):
+def test_a_mean_over_the_batch_shrinks_the_gradient(weight, gamma):
     """Of trajectories of one to three steps, summing over all pairs of them.
 
     Nothing is taken by a baseline of the state, 1/N by the mean at t. The mean b of R(τ) takes 1/N
@@ -539,7 +539,8 @@ def repr_of(x):
 TWO = """
 import os, sys, torch, envs, reinforce as script
 rank, folder = int(os.environ["RANK"]), sys.argv[1]
-all_sum, evaluate, loss, calls, shares = script.all_sum, script.Run.evaluate, script.reinforce_loss, [], []
+all_sum, evaluate, loss = script.all_sum, script.Run.evaluate, script.reinforce_loss
+calls, shares = [], []
 flat = lambda tensors: torch.cat([x.detach().double().flatten() for x in tensors])
 def note(*tensors, weight=1):
     before = flat(tensors)
@@ -593,7 +594,8 @@ def test_two_processes(tmp_path):
         elif i % 6 == 1:  # of as many trajectories each
             assert w_a == w_b == 0.5
         elif i % 6 < 5:  # of as many steps as each has
-            assert w_a == pytest.approx(real_a / (real_a + real_b)) and w_a + w_b == pytest.approx(1)
+            assert w_a == pytest.approx(real_a / (real_a + real_b))
+            assert w_a + w_b == pytest.approx(1)
         if i % 6:
             assert not torch.equal(own_a, own_b), "each has data of its own"
     assert run.returncode != 0 and "not finite" in run.stderr
