@@ -139,11 +139,27 @@ def faulty(monkeypatch):
 
 @every_script
 @pytest.mark.parametrize("fault", ["reward", "infinite", "observation", "reset"])
-def test_numbers_that_are_not_finite_end_a_run_and_poison_nothing(name, fault, tmp_path, faulty):
-    """Not weights, statistics or buffer of the last checkpoint, which can be resumed."""
+def test_numbers_that_are_not_finite_end_a_run_and_poison_nothing(
+    name, fault, tmp_path, faulty, monkeypatch
+):
+    """Said before they reach weights, statistics or buffer; the last checkpoint can be resumed.
+
+    A first observation that is not a number may get as far as the buffer, not into a checkpoint.
+    """
+    run, left = module(name).Run, []
+    leave = run.__exit__
+
+    def look(self, *error):
+        left.extend(tensors([part.state_dict() for part in self.learner.values()]))
+        return leave(self, *error)
+
+    monkeypatch.setattr(run, "__exit__", look)
     options = dict(env_id=env_id(name, "Faulty"), env_kwargs=f'{{"fault": "{fault}"}}')
-    with pytest.raises(module(name).Refusal, match="not finite"):
+    with pytest.raises(module(name).Refusal, match="not finite") as refusal:
         train(name, tmp_path, total_timesteps=10_000, **options)
+    if fault != "reset":
+        assert left and all(x.isfinite().all() for x in left)
+        assert "an observation or a reward" in str(refusal.value)
     saved = load(tmp_path)
     assert all(x.isfinite().all() for x in tensors(saved)) and 0 < saved["env_steps"] <= 300
     envs.Faulty.good = 10**9

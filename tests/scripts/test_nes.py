@@ -1,6 +1,7 @@
 """nes.py: its estimate against the analytic gradient, its derivation by quadrature, and its loop."""
 
 import math
+import os
 import subprocess
 import sys
 
@@ -224,7 +225,11 @@ def test_candidates_and_their_gradient(tmp_path, monkeypatch, antithetic):
 def test_steps_are_counted(tmp_path, monkeypatch, env_id):
     """As the environments count them."""
     before, counts, evaluate = envs.Tiny.steps, [], nes.Run.evaluate
-    spy = lambda run: counts.append((run.step, envs.Tiny.steps - before)) or evaluate(run)  # noqa: E731
+
+    def spy(run):
+        counts.append((run.step, envs.Tiny.steps - before))
+        return evaluate(run)
+
     monkeypatch.setattr(nes.Run, "evaluate", spy)
     nes.train(options(tmp_path, env_id, 200, candidates=6, episodes=3))
     [(counted, simulated)] = counts
@@ -248,10 +253,55 @@ def same(a, b, **tolerance):
     assert a["env_steps"] == b["env_steps"] and a["policy"].keys() == b["policy"].keys()
     for key, value in a["policy"].items():
         torch.testing.assert_close(b["policy"][key], value, **(tolerance or dict(atol=0, rtol=0)))
-    state, other = a["optimizer"]["state"][0], b["optimizer"]["state"][0]
-    assert state.keys() == other.keys() and state["step"] > 2
-    for key, value in state.items():
-        torch.testing.assert_close(other[key], value, **(tolerance or dict(atol=0, rtol=0)))
+    state, other = a["optimizer"]["state"], b["optimizer"]["state"]
+    if a["args"]["optimizer"] == "adam":
+        assert state[0]["step"] > 2
+    torch.testing.assert_close(other, state, **(tolerance or dict(atol=0, rtol=0)))
+
+
+# Episodes
+
+
+def random_policies(env_id, n):
+    """Arguments, policies of one shape and n of them at random."""
+    args = nes.Args(env_id=env_id, hidden=4)
+    policies = nes.make_policy(nes.make_env(args), args)
+    theta = np.random.default_rng(0).normal(size=(n, len(policies.mu)))
+    return args, policies, theta.astype(np.float32)
+
+
+def test_only_running_episodes_of_a_list_are_stepped():
+    args, policies, theta = random_policies("Both-v0", 8)
+    listed, before = [nes.make_env(args) for _ in theta], envs.Tiny.steps
+    returns, lengths, seen, steps = nes.play(listed, policies, theta, list(range(8)))
+    assert envs.Tiny.steps - before == steps == lengths.sum() == len(seen)
+    assert len(set(lengths)) > 1 and lengths.max() == 5, "a time limit is an end"
+    np.testing.assert_array_equal(returns, lengths)  # reward 1 a step
+
+
+def test_a_slice_of_the_candidates_plays_the_same_episodes():
+    args, policies, theta = random_policies("CartPole-v1", 6)
+    listed = [nes.make_env(args) for _ in theta]
+    whole, seeds = nes.play(listed, policies, theta, list(range(6))), list(range(6))
+    parts = [nes.play(listed[:3], policies, theta[i : i + 3], seeds[i : i + 3]) for i in (0, 3)]
+    for all_six, three in zip(whole[:2], zip(*parts)):
+        np.testing.assert_array_equal(all_six, np.concatenate(three[:2]))
+    assert len(set(whole[1])) > 2 and whole[3] == parts[0][3] + parts[1][3]
+
+
+def test_what_a_native_vector_environment_plays_on_is_counted_and_no_more(monkeypatch):
+    """Every step that it simulates pays 1, a reset 0; what came after an end is not seen."""
+    args, policies, theta = random_policies("CartPole-v1", 5)
+    native, acted, paid = nes.make_envs(args, 5), [], []
+    actions, step = policies.actions, native.step
+    monkeypatch.setattr(policies, "actions", lambda *a: acted.append(a[1].copy()) or actions(*a))
+    monkeypatch.setattr(native, "step", lambda a: paid.append(step(a)) or paid[-1])
+    returns, lengths, seen, steps = nes.play(native, policies, theta, list(range(5)))
+    assert steps == sum(found[1].sum() for found in paid) > lengths.sum() == len(seen)
+    assert len(set(lengths)) > 1 and len(acted) == lengths.max()
+    np.testing.assert_array_equal(returns, lengths)
+    lived = [acted[t][i] for t in range(len(acted)) for i in range(5) if t < lengths[i]]
+    np.testing.assert_array_equal(seen, lived)
 
 
 # Observations
@@ -309,21 +359,16 @@ def test_the_evaluation_is_with_the_normaliser(tmp_path):
     policies = nes.make_policy(nes.make_env(args), args)
     policies.load_state_dict(checkpoint["policy"])
     norm, played = policies.norm, []
-    for _ in range(2):
-        env = nes.make_env(args)
+    (w, b), (v, c) = ((x[0], y[0]) for x, y in policies.unpack(policies.mu[None].numpy()))
+    mean, deviation = norm.mean.numpy(), np.sqrt(norm.var.numpy() + 1e-8)
+    for normalised in (True, False):
+        env, total, ends = nes.make_env(args), 0, [False]
         obs, _ = env.reset(seed=2**30 + 3000)
-        total = 0
-        while True:
-            x = obs[None]
-            if norm.count:
-                x = ((obs[None] - norm.mean.numpy()) / np.sqrt(norm.var.numpy() + 1e-8)).clip(-10, 10)
-            (w, b), (v, c) = policies.unpack(policies.mu[None].numpy())
-            obs, reward, *ends, _ = env.step(int((v[0] @ np.tanh(w[0] @ x[0] + b[0]) + c[0]).argmax()))
+        while not any(ends):
+            x = ((obs - mean) / deviation).clip(-10, 10) if normalised else obs
+            obs, reward, *ends, _ = env.step(int((v @ np.tanh(w @ x + b) + c).argmax()))
             total += reward
-            if any(ends):
-                break
         played.append(total)
-        norm.count.zero_()  # the second time without it
     assert played[0] == returns[0] != played[1]
 
 
@@ -338,34 +383,64 @@ def test_start_seeds_of_a_generation(tmp_path, monkeypatch, common):
     nes.train(options(tmp_path, "Matched-v0", 24, **more))
     assert len(seen) == 6, "two generations of three episodes"
     assert all(len(set(seeds)) == (1 if common else 4) for seeds in seen)
-    assert len({seeds[0] for seeds in seen}) == 6, "no episode has the seeds of another"
+    distinct = {seed for seeds in seen for seed in seeds}
+    assert len(distinct) == (6 if common else 24), "no episode has the seed of another"
+
+
+@pytest.mark.parametrize("env_id", ["Both-v0", "CartPole-v1"])
+@pytest.mark.parametrize("common", [False, True])
+def test_equal_candidates_get_equal_fitness_from_common_seeds(
+    tmp_path, monkeypatch, env_id, common
+):
+    found, shape = [], nes.shape_fitness
+    monkeypatch.setattr(nes, "sample_around", lambda mu, _, epsilon: mu.expand(len(epsilon), -1))
+    monkeypatch.setattr(nes, "shape_fitness", lambda *a: found.append(a[0].tolist()) or shape(*a))
+    nes.train(options(tmp_path, env_id, 1_000, common_seeds=common, episodes=2))
+    assert len(found) > 1 and len(set(map(tuple, found))) > 1
+    assert all((len(set(fitness)) == 1) == common for fitness in found)
 
 
 # Processes
 
 
+RUNS = {
+    "ranks": dict(env_id="Acrobot-v1", total_timesteps=4_001, candidates=4, norm_obs=True)
+    | dict(weight_decay=0.1),
+    "raw": dict(env_id="Both-v0", total_timesteps=500, candidates=8, shaping="raw")
+    | dict(optimizer="sgd", episodes=2),
+}
+
+
 def test_two_processes_are_one(tmp_path):
-    """Each plays half of the candidates; weights, Adam's state, statistics and steps are the same."""
-    line = "--env-id Acrobot-v1 --total-timesteps 4001 --candidates 4 --eval-episodes 1 --norm-obs"
-    line = [*line.split(), "--weight-decay", "0.1", "--run-dir"]
-    status, _, err = command("nes", *line, tmp_path / "one")
-    assert status == 0, err
+    """Each plays half of the candidates; weights, optimiser, statistics and steps are the same.
+
+    Raw fitness and plain steps show a sum that is taken twice; ranks and Adam would hide it.
+    """
+    (tmp_path / "two.py").write_text(
+        "import sys, envs, nes\n"
+        f"for name, more in {RUNS}.items():\n"
+        "    nes.train(nes.Args(run_dir=f'{sys.argv[1]}/{name}', eval_episodes=1, **more))\n"
+    )
+    line = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     run = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-        + [str(ROOT / "nes.py"), *line, str(tmp_path / "two")],
+        [*line, str(tmp_path / "two.py"), str(tmp_path / "two")],
+        env={**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
         timeout=300,
     )
     assert run.returncode == 0, run.stderr
-    assert len(run.stdout.splitlines()) == 1
-    folders = "one", "two", "two__rank1"
-    one, two, other = (
-        torch.load(tmp_path / folder / "checkpoint.pt", weights_only=True) for folder in folders
-    )
-    same(one, two, atol=1e-6, rtol=1e-5)
-    same(two, other)
-    assert two["env_steps"] == two["policy"]["norm.count"] > 4_000
+    assert len(run.stdout.splitlines()) == len(RUNS)
+    for name, more in RUNS.items():
+        nes.train(nes.Args(run_dir=str(tmp_path / "one" / name), eval_episodes=1, **more))
+        folders = f"one/{name}", f"two/{name}", f"two/{name}__rank1"
+        one, two, other = (
+            torch.load(tmp_path / folder / "checkpoint.pt", weights_only=True) for folder in folders
+        )
+        same(two, other)
+        same(one, two, atol=1e-12, rtol=1e-12)
+        assert one["policy"]["mu"].abs().max() > 0.01
+    assert torch.load(tmp_path / "two/ranks/checkpoint.pt")["env_steps"] > 4_000
 
 
 @pytest.mark.parametrize(
@@ -410,14 +485,17 @@ def test_reward_depends_on_action_and_observation(tmp_path, shaping, optimizer):
 
 @pytest.mark.parametrize(
     "more",
-    [{}, {"norm_obs": True, "layers": 1}, {"common_seeds": True, "antithetic": False}],
+    [
+        {},
+        {"norm_obs": True, "layers": 1, "learning_rate": 0.03},  # at 0.1 it wanders by -0.3
+        {"common_seeds": True, "antithetic": False},
+    ],
     ids=str,
 )
 def test_continuous_action(tmp_path, more):
-    least = -1 if "norm_obs" in more else -0.1  # a constant action gets -4 at best
     more = {"layers": 0, "episodes": 4, **more}
     returns = nes.train(options(tmp_path, "MatchedBox-v0", 8_000, **more))
-    assert returns.mean() > least
+    assert returns.mean() > -0.1  # a constant action gets -4 at best
 
 
 def test_reward_comes_a_step_later(tmp_path):
