@@ -36,17 +36,17 @@ def median_seconds(task):
 
 def iterations(args):
     """Durations of the last iterations of a run, whose buffer is full by then."""
-    ends, update = [], awr.Run.update
+    ends, log = [], awr.Run.log
 
-    def timed(run, *arguments):
-        update(run, *arguments)
+    def timed(run, **losses):
+        log(run, **losses)
         ends.append(time.perf_counter())
 
-    awr.Run.update = timed
+    awr.Run.log = timed
     try:
         awr.train(args)
     finally:
-        awr.Run.update = update
+        awr.Run.log = log
     return np.diff(ends)[-REPEATS:]
 
 
@@ -105,9 +105,9 @@ def main():
         # Reset steps are not counted, so that this is a little more than a buffer and REPEATS.
         args.total_timesteps = args.buffer_size + REPEATS * in_iteration
         measured = np.median(iterations(args))
-    envs = awr.make_envs(args.env_id, args.num_envs)
+    envs = awr.make_envs(args, args.num_envs)
     obs_dim = envs.single_observation_space.shape[0]
-    outputs = awr.make_policy(envs, args).layers[-1].out_features
+    outputs = awr.make_policy(awr.make_env(args), args)[-1].out_features
     parts = {
         "actor's products": products(args, obs_dim, outputs, args.actor_steps),
         "critic's products": products(args, obs_dim, 1, args.critic_steps),
