@@ -1,4 +1,4 @@
-"""Proximal Policy Optimization: reuse each batch for several updates, held near its own policy.
+r"""Proximal Policy Optimization: reuse each batch for several updates, held near its own policy.
 
 Derivations: "Proximal Policy Optimization (PPO)", "Importance Sampling",
 "Do We Actually Need the KL Term?", "The PPO Clip Objective", "Problems with the Clip Objective",
