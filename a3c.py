@@ -410,13 +410,14 @@ def train(args: Args) -> np.ndarray:
             while not others.join():
                 pass
         except mp.ProcessRaisedException as error:
-            _, refused, why = str(error).strip().rpartition("Refusal: ")
+            _, refused, why = str(error).rpartition("Refusal: ")
             if refused:
                 raise Refusal(why)
             raise
         torch._foreach_copy_(own, shared_theta)  # what the workers have left
         run.step = steps.sum().item()
-        run.log(**scalars)
+        if scalars:  # there was something left to learn
+            run.log(**scalars)
         return run.evaluate()
 
 
