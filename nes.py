@@ -285,7 +285,7 @@ def play(envs, policies, theta, seeds):
             for i in np.flatnonzero(running):
                 obs[i], reward[i], terminated, truncated, _ = envs[i].step(actions[i])
                 ended[i] = terminated or truncated
-        returns += reward * running
+        returns += reward * running + 0 * obs.sum(-1)  # nan where an observation is not finite
         lengths += running
         running &= ~ended
     seen = np.concatenate(seen)
