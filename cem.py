@@ -213,7 +213,9 @@ def make_candidates(stack, env, args, n):
     """
     if env.spec.vector_entry_point and not args.common_seeds:
         return stack.enter_context(closing(make_envs(args, n)))
-    return [stack.enter_context(make_env(args)) for _ in range(n)]
+    envs = [stack.enter_context(make_env(args)) for _ in range(n)]
+    flat = env.env.observation_space == env.observation_space  # its last wrapper changes nothing
+    return [x.env for x in envs] if flat else envs
 
 
 def play(envs, policies, theta, seeds):
@@ -225,36 +227,38 @@ def play(envs, policies, theta, seeds):
     whose episode goes on.
     """
     n, layers, vector = len(theta), policies.unpack(theta), isinstance(envs, gym.vector.VectorEnv)
-    returns, lengths, reward = np.zeros((3, n))
     running, ended = np.ones(n, bool), np.zeros(n, bool)
-    seen, steps = [], 0
+    seen, rewards, real, steps = [], [], [], 0
     if vector:
         obs, _ = envs.reset(seed=seeds[0])
     else:
         obs = np.float32([env.reset(seed=seed)[0] for env, seed in zip(envs, seeds)])
-    while running.any() and len(seen) < 100_000:
-        seen.append(obs[running])
+    while np.count_nonzero(running) and len(real) < 100_000:
+        seen.append(obs.copy())
         actions = policies.actions(layers, obs)
+        steps += n - np.count_nonzero(ended)  # those that ended are only reset, or left alone
         if vector:
-            steps += n - ended.sum()  # a reset step simulates nothing
             obs, reward, terminated, truncated, _ = envs.step(actions)
             ended = terminated | truncated
         else:
-            steps += running.sum()
+            reward = np.zeros(n)
             for i in np.flatnonzero(running):
                 obs[i], reward[i], terminated, truncated, _ = envs[i].step(actions[i])
                 ended[i] = terminated or truncated
-        returns += reward * running + 0 * obs.sum(-1)  # nan where an observation is not finite
-        lengths += running
-        running &= ~ended
-    seen = np.concatenate(seen)
+        rewards.append(reward)
+        real.append(running)
+        running = running & ~ended
+    seen, real = np.array([*seen, obs], np.float32), np.array(real)  # (T+1, n, obs_dim), (T, n)
+    returns = (rewards * real).sum(0)
     check_finite("an observation or a reward", (seen, returns))
-    return returns, lengths, seen, steps
+    return returns, real.sum(0), seen[:-1][real], steps
 
 
 def train(args: Args) -> np.ndarray:
     """Run the algorithm above; return the episode returns of the final evaluation."""
     n, device = args.candidates, args.device
+    if args.rho * n < 2 and args.noise == 0:
+        raise Refusal(f"--rho {args.rho}: one elite of {n} has no variance without --noise")
     with ExitStack() as stack:
         # 1. Initialise.
         stack.callback(torch.set_num_threads, torch.get_num_threads())

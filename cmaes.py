@@ -82,6 +82,7 @@ from tqdm import tqdm
 SCRIPT = "cmaes"
 ACTION_SPACES = gym.spaces.Discrete, gym.spaces.Box
 LIMITS = {"candidates": (2, 1e9), "rho": (0, 1), "layers": (0, 2), "init_mean": (-1e18, 1e18)}
+LIMITS |= {"init_sigma": (1e-9, 1e9), "hidden": (1, 5_000)}
 
 
 @dataclasses.dataclass
@@ -189,7 +190,7 @@ def strategy_parameters(n, d):
     weights = rank_weights(n / 2, n)
     positive, negative = weights.clamp(min=0), weights.clamp(max=0)
     mu_eff = 1 / positive.pow(2).sum().item()
-    mu_eff_negative = (negative.sum().pow(2) / negative.pow(2).sum()).item()
+    mu_eff_negative = negative.sum() ** 2 / negative.pow(2).sum()
     c_sigma = (mu_eff + 2) / (d + mu_eff + 5)
     d_sigma = 1 + 2 * max(0, math.sqrt((mu_eff - 1) / (d + 1)) - 1) + c_sigma
     c_c = (4 + mu_eff / d) / (d + 4 + 2 * mu_eff / d)
@@ -216,7 +217,7 @@ def relative_length(path):
     path p_σ: (d,). Returns ().
     """
     d = len(path)
-    return path.norm() / (math.sqrt(d) * (1 - 1 / (4 * d) + 1 / (21 * d**2)))
+    return path.norm() / (d**0.5 * (1 - 1 / (4 * d) + 1 / (21 * d**2)))
 
 
 def h_sigma(length, generation, c_sigma, d):
@@ -323,7 +324,9 @@ def make_candidates(stack, env, args, n):
     """
     if env.spec.vector_entry_point and not args.common_seeds:
         return stack.enter_context(closing(make_envs(args, n)))
-    return [stack.enter_context(make_env(args)) for _ in range(n)]
+    envs = [stack.enter_context(make_env(args)) for _ in range(n)]
+    flat = env.env.observation_space == env.observation_space  # its last wrapper changes nothing
+    return [x.env for x in envs] if flat else envs
 
 
 def play(envs, policies, theta, seeds):
@@ -335,97 +338,94 @@ def play(envs, policies, theta, seeds):
     whose episode goes on.
     """
     n, layers, vector = len(theta), policies.unpack(theta), isinstance(envs, gym.vector.VectorEnv)
-    returns, lengths, reward = np.zeros((3, n))
     running, ended = np.ones(n, bool), np.zeros(n, bool)
-    seen, steps = [], 0
+    seen, rewards, real, steps = [], [], [], 0
     if vector:
         obs, _ = envs.reset(seed=seeds[0])
     else:
         obs = np.float32([env.reset(seed=seed)[0] for env, seed in zip(envs, seeds)])
-    while running.any() and len(seen) < 100_000:
-        seen.append(obs[running])
+    while np.count_nonzero(running) and len(real) < 100_000:
+        seen.append(obs.copy())
         actions = policies.actions(layers, obs)
+        steps += n - np.count_nonzero(ended)  # those that ended are only reset, or left alone
         if vector:
-            steps += n - ended.sum()  # a reset step simulates nothing
             obs, reward, terminated, truncated, _ = envs.step(actions)
             ended = terminated | truncated
         else:
-            steps += running.sum()
+            reward = np.zeros(n)
             for i in np.flatnonzero(running):
                 obs[i], reward[i], terminated, truncated, _ = envs[i].step(actions[i])
                 ended[i] = terminated or truncated
-        returns += reward * running + 0 * obs.sum(-1)  # nan where an observation is not finite
-        lengths += running
-        running &= ~ended
-    seen = np.concatenate(seen)
+        rewards.append(reward)
+        real.append(running)
+        running = running & ~ended
+    seen, real = np.array([*seen, obs], np.float32), np.array(real)  # (T+1, n, obs_dim), (T, n)
+    returns = (rewards * real).sum(0)
     check_finite("an observation or a reward", (seen, returns))
-    return returns, lengths, seen, steps
+    return returns, real.sum(0), seen[:-1][real], steps
 
 
 def train(args: Args) -> np.ndarray:
     """Run the algorithm above; return the episode returns of the final evaluation."""
-    n, device, document = args.candidates, args.device, args.update == "document"
+    n, document = args.candidates, args.update == "document"
     with ExitStack() as stack:
         # 1. Initialise.
         stack.callback(torch.set_num_threads, torch.get_num_threads())
         torch.set_num_threads(1)  # layers this small lose more to threads than they gain
         env = stack.enter_context(make_env(args))
-        policies = make_policy(env, args).double().to(device)
-        policies.mu.fill_(args.init_mean)
-        d = len(policies.mu)
+        policies = make_policy(env, args).double().to(args.device)
+        mu = policies.mu.fill_(args.init_mean)
+        d = len(mu)
         if d > 5_000:
             raise Refusal(f"--layers, --hidden: C of {d} parameters is too large; 5,000 fit")
         envs = make_candidates(stack, env, args, n)
         search = nn.Module()  # what a checkpoint holds of the search distribution beside μ
-        search.sigma = nn.Buffer(torch.full_like(policies.mu[0], args.init_sigma))
-        search.C = nn.Buffer(torch.eye(d).to(policies.mu))
-        search.p_sigma = nn.Buffer(torch.zeros_like(policies.mu))
-        search.p_c = nn.Buffer(torch.zeros_like(policies.mu))
+        search.sigma = nn.Buffer(torch.full_like(mu[0], args.init_sigma))
+        search.C = nn.Buffer(torch.eye(d).to(mu))
+        search.p_sigma = nn.Buffer(torch.zeros_like(mu))
+        search.p_c = nn.Buffer(torch.zeros_like(mu))
         search.generation = nn.Buffer(torch.zeros_like(search.sigma))
-        weights, mu_eff, c_sigma, d_sigma, c_c, c_1, c_mu = strategy_parameters(n, d)
+        weights, mu_eff, c_sigma, d_sigma, *rates = strategy_parameters(n, d)  # c_c, c_1, c_μ
         k = max(1, math.floor(args.rho * n + 1e-9)) if document else n // 2  # elites
-        weights = (rank_weights(k, k) if document else weights).to(device)
+        weights = (rank_weights(k, k) if document else weights).to(mu)
         w = weights[:k]  # of the elites
         run = stack.enter_context(Run(args, policy=policies, search=search))
 
         while run.step < args.total_timesteps:
             # 2. Sample candidates.
             root = square_root(search.C)
-            epsilon = torch.from_numpy(run.rng.standard_normal((n, d))).to(device)
-            theta = sample_correlated(policies.mu, search.sigma * root, epsilon)
+            epsilon = torch.from_numpy(run.rng.standard_normal((n, d))).to(mu)
+            theta = sample_correlated(mu, search.sigma * root, epsilon)
 
             # 3. Fitness.
             seeds = run.rng.integers(2**29, size=(args.episodes, 1 if args.common_seeds else n))
             seeds = np.broadcast_to(seeds, (args.episodes, n)).tolist()
             episodes = [play(envs, policies, theta.float().cpu().numpy(), row) for row in seeds]
             returns, lengths, _, steps = zip(*episodes)
-            fitness = torch.from_numpy(np.mean(returns, 0)).to(device)
+            fitness = torch.from_numpy(np.mean(returns, 0)).to(mu)
 
             # 4. Rank.
             order = fitness.argsort(descending=True)
             elites, epsilon = theta[order[:k]], epsilon[order]
 
             # 5. Move the mean.
-            policies.mu = update_mean(policies.mu, elites, w, args.alpha)
+            mu.copy_(update_mean(mu, elites, w, args.alpha))
 
             search.generation += 1
             if document:
                 # 6. Covariance of the elites; σ stays as it began.
-                search.C = elite_covariance(elites, policies.mu, args.noise) / search.sigma**2
+                search.C = elite_covariance(elites, mu, args.noise) / search.sigma**2
             else:
                 # 7. Paths.
                 y = epsilon @ root
                 search.p_sigma = cumulate(search.p_sigma, w @ epsilon[:k], c_sigma, mu_eff)
                 length = relative_length(search.p_sigma)
                 h = h_sigma(length, search.generation, c_sigma, d)
-                step = h * (weights[:k] @ y[:k])
-                search.p_c = cumulate(search.p_c, step, c_c, mu_eff)
+                search.p_c = cumulate(search.p_c, h * (w @ y[:k]), rates[0], mu_eff)
                 # 8. Step size.
                 search.sigma = update_step_size(search.sigma, length, c_sigma, d_sigma)
                 # 9. Covariance.
-                search.C = update_covariance(
-                    search.C, search.p_c, y, epsilon, weights, h, c_c, c_1, c_mu
-                )
+                search.C = update_covariance(search.C, search.p_c, y, epsilon, weights, h, *rates)
 
             run.step += int(sum(steps))
             run.episodes.extend(zip(np.ravel(returns), np.ravel(lengths)))

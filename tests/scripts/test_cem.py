@@ -137,10 +137,11 @@ def test_whole_episodes_of_the_native_and_the_listed_environments(common):
             assert 3 * lengths[1] - 2 * sum(falls) < steps < 3 * lengths[1]
 
 
+@pytest.mark.parametrize("good", [7, 14], ids=["on the way", "the last one"])
 @pytest.mark.parametrize("fault", ["observation", "reward"])
-def test_one_number_that_is_not_finite_is_refused(monkeypatch, fault):
+def test_one_number_that_is_not_finite_is_refused(monkeypatch, fault, good):
     """An argmax hides it, and a maximum: the fitness of that candidate would look like any other."""
-    monkeypatch.setattr(envs.Faulty, "good", envs.Faulty.steps + 7)
+    monkeypatch.setattr(envs.Faulty, "good", envs.Faulty.steps + good)  # of 3 episodes of 5
     policies, _ = population("Faulty-v0", 1)
     candidates = [envs.Faulty(fault) for _ in range(3)]
     with pytest.raises(cem.Refusal, match="not finite"):
@@ -182,6 +183,23 @@ def test_fitness_is_of_whole_episodes_and_all_steps_are_counted(tmp_path, monkey
     np.testing.assert_allclose(logged, means, rtol=1e-6)
 
 
+def test_each_generation_goes_on_from_the_update_of_its_elites(tmp_path, monkeypatch):
+    """What is saved, and evaluated, is the last mean."""
+    drawn, updates, sample, update = [], [], cem.sample, cem.cem_update
+    note = lambda *a: drawn.append([x.clone() for x in a]) or sample(*a)  # noqa: E731
+    monkeypatch.setattr(cem, "sample", note)
+    monkeypatch.setattr(cem, "cem_update", lambda *a: updates.append(update(*a)) or updates[-1])
+    more = dict(rho=0.25, noise=0.5, init_mean=2.0, init_var=9.0)
+    cem.train(options(tmp_path, "Both-v0", 600, **more))
+    saved = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
+    means, variances = zip(*updates)
+    assert len(updates) > 2 and (drawn[0][0] == 2).all() and (drawn[0][1] == 9).all()
+    for (mu, var, _), mean, variance in zip(drawn[1:], means, variances):
+        assert torch.equal(mu, mean) and torch.equal(var, variance)
+    assert torch.equal(saved["policy"]["mu"], means[-1])
+    assert torch.equal(saved["search"]["var"], variances[-1])
+
+
 # Learning
 
 
@@ -197,6 +215,11 @@ def test_continuous_action(tmp_path, noise, decay):
     assert returns.mean() > -0.1  # a constant action gets -4 at best
 
 
+def test_integer_levels(tmp_path):
+    """From 100 to 200 in a byte: a level that wraps, or a scale that ends early, misses 180."""
+    assert cem.train(options(tmp_path, "Dimmer-v0", 3_000, noise=0.01)).mean() > 0.98
+
+
 def test_decaying_noise_ends_at_zero(tmp_path):
     """With eta = 0 in the end the search narrows to nothing; with constant eta it cannot."""
     for decay, below in ((True, True), (False, False)):
@@ -205,3 +228,9 @@ def test_decaying_noise_ends_at_zero(tmp_path):
         path = tmp_path / str(decay) / "checkpoint.pt"
         var = torch.load(path, weights_only=True)["search"]["var"]
         assert (var.min() < 0.04).item() == below
+
+
+def test_one_elite_needs_noise(tmp_path):
+    with pytest.raises(cem.Refusal, match="--rho 0.01"):
+        cem.train(options(tmp_path, "Matched-v0", 10, rho=0.01, noise=0.0))
+    cem.train(options(tmp_path, "Matched-v0", 10, rho=0.01))

@@ -253,7 +253,8 @@ def same(a, b, **tolerance):
     assert a["env_steps"] == b["env_steps"] and a["policy"].keys() == b["policy"].keys()
     for key, value in a["policy"].items():
         torch.testing.assert_close(b["policy"][key], value, **(tolerance or dict(atol=0, rtol=0)))
-    state, other = a["optimizer"]["state"], b["optimizer"]["state"]
+    kind = a["args"]["optimizer"]
+    state, other = a[kind]["state"], b[kind]["state"]
     if a["args"]["optimizer"] == "adam":
         assert state[0]["step"] > 2
     torch.testing.assert_close(other, state, **(tolerance or dict(atol=0, rtol=0)))
@@ -500,3 +501,11 @@ def test_continuous_action(tmp_path, more):
 
 def test_reward_comes_a_step_later(tmp_path):
     assert nes.train(options(tmp_path, "TwoStep-v0", 3_000)).mean() == 1
+
+
+@pytest.mark.parametrize(("first", "then"), [("adam", "sgd"), ("sgd", "adam")])
+def test_the_state_of_another_optimizer_is_refused(tmp_path, first, then):
+    nes.train(options(tmp_path, "Matched-v0", 100, optimizer=first))
+    path = str(tmp_path / "checkpoint.pt")
+    with pytest.raises(nes.Refusal, match="other options"):
+        nes.train(options(tmp_path, "Matched-v0", 200, optimizer=then, resume=path))
