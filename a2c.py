@@ -173,9 +173,10 @@ def k_step_advantages(rewards, values, terminated, truncated, gamma, k):
     in units of reward: those of reset steps are meaningless, and no other advantage reads them.
     """
     returns = values.clone()
+    discount = gamma * ~terminated
     for _ in range(min(k, len(rewards))):
         successor = torch.where(truncated, values[1:], returns[1:])
-        returns[:-1] = rewards + gamma * ~terminated * successor
+        returns[:-1] = rewards + discount * successor
     return (returns - values)[:-1]
 
 
@@ -331,8 +332,9 @@ def train(args: Args) -> np.ndarray:
         critic = nn.Sequential(*mlp(env, args, 1, gain=1.0)).to(device)
         parameters = [*policy.parameters(), *critic.parameters()]
         optimizer = torch.optim.RMSprop(parameters, eps=0.1)
-        learner = {"policy": policy, "critic": critic, "optimizer": optimizer}
-        run = stack.enter_context(Run(args, rank, **learner))
+        run = stack.enter_context(
+            Run(args, rank, policy=policy, critic=critic, optimizer=optimizer)
+        )
         stack.callback(torch.set_num_threads, torch.get_num_threads())
         if args.hidden * N * args.num_steps < 2**16:
             torch.set_num_threads(1)  # layers this small lose more to threads than they gain

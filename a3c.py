@@ -171,9 +171,10 @@ def k_step_advantages(rewards, values, terminated, truncated, gamma, k):
     in units of reward: those of reset steps are meaningless, and no other advantage reads them.
     """
     returns = values.clone()
+    discount = gamma * ~terminated
     for _ in range(min(k, len(rewards))):
         successor = torch.where(truncated, values[1:], returns[1:])
-        returns[:-1] = rewards + gamma * ~terminated * successor
+        returns[:-1] = rewards + discount * successor
     return (returns - values)[:-1]
 
 
@@ -384,7 +385,7 @@ def train(args: Args) -> np.ndarray:
                 v_loss = value_loss(values[:-1], returns)
                 entropy = policy.entropy(output).mean()
                 loss = pg_loss - args.entropy_coef * entropy + args.value_coef * v_loss
-                loss = loss * (t / k)  # from the mean of T steps to their sum over k
+                loss *= t / k  # from the mean of T steps to their sum over k
 
                 # 6. RMSprop step on the shared parameters, to which the gradient goes over.
                 for x, gradient in zip(shared_theta, torch.autograd.grad(loss, theta)):
