@@ -177,7 +177,7 @@ def test_episodes_are_logged_whole(tmp_path):
 # Several workers
 
 
-class Counted(envs.Both):
+class Tallied(envs.Both):
     """Counts, over all processes, steps, and by rank who took them."""
 
     counts = multiprocessing.Array("q", 8)
@@ -210,7 +210,7 @@ class Crashes(envs.Both):
         return np.nan if bad else 1, False, self.t == 5
 
 
-gym.register("Counted-v0", Counted, disable_env_checker=True, order_enforce=False)
+gym.register("Tallied-v0", Tallied, disable_env_checker=True, order_enforce=False)
 gym.register("Crashes-v0", Crashes, disable_env_checker=True, order_enforce=False)
 
 
@@ -218,16 +218,16 @@ gym.register("Crashes-v0", Crashes, disable_env_checker=True, order_enforce=Fals
 @pytest.mark.parametrize("steps", [1, 1_001])
 def test_every_step_of_every_worker_is_counted(tmp_path, monkeypatch, workers, steps):
     """As the environments count them; the total is passed by less than a rollout a worker."""
-    Counted.counts[0] = 0
+    Tallied.counts[0] = 0
     counts, evaluate = [], a3c.Run.evaluate
-    spy = lambda run: counts.append((run.step, Counted.counts[0])) or evaluate(run)  # noqa: E731
+    spy = lambda run: counts.append((run.step, Tallied.counts[0])) or evaluate(run)  # noqa: E731
     monkeypatch.setattr(a3c.Run, "evaluate", spy)
-    trained(tmp_path, "Counted-v0", steps, workers=workers, eval_episodes=1)
+    trained(tmp_path, "Tallied-v0", steps, workers=workers, eval_episodes=1)
     [(counted, taken)] = counts
     assert counted == taken and steps <= counted < steps + 16 * workers
-    Counted.counts[0] = 0
+    Tallied.counts[0] = 0
     more = dict(workers=workers, eval_episodes=1, resume=str(tmp_path / "checkpoint.pt"))
-    trained(tmp_path, "Counted-v0", counted + 50, **more)
+    trained(tmp_path, "Tallied-v0", counted + 50, **more)
     assert counts[1][0] - counted == counts[1][1] >= 50
     assert not multiprocessing.active_children()
 
