@@ -8,10 +8,11 @@ Derivations: "Black-Box Policy Optimization",
     3.  Fitness F(θ_i): the mean return of L episodes of π_θ_i.
     4.  Rank the candidates by fitness; the elites are the k best.
     5.  Mean: μ ← μ + α Σ_i w_i (θ_i - μ), over the elites.
-    6.  The document's covariance: Σ = Cov(elites) + η I; repeat from 2.
+    6.  The document's covariance: Σ = Cov(elites) + η I; from here to 10.
     7.  Or Hansen's paths p_σ, p_c: what the steps of the mean add up to, the old ones fading.
     8.  Step size: σ grows where p_σ is longer than random steps would make it, else it shrinks.
-    9.  Covariance: C turns towards p_c and the elites, away from the other candidates; from 2.
+    9.  Covariance: C turns towards p_c and the elites, away from the other candidates.
+    10. Update the statistics that normalise the observations; repeat from 2.
 
 Notation: θ_i -> theta -> (n, d), d parameters a policy;  F -> fitness -> (n,);  μ -> mu -> (d,);
 σ -> sigma -> ();  C, C^½ -> C, root -> (d, d);  w_i -> weights -> (k,) or (n,);  p_σ, p_c ->
@@ -81,7 +82,7 @@ from tqdm import tqdm
 
 SCRIPT = "cmaes"
 ACTION_SPACES = gym.spaces.Discrete, gym.spaces.Box
-LIMITS = {"candidates": (2, 1e9), "rho": (0, 1), "layers": (0, 2), "init_mean": (-1e18, 1e18)}
+LIMITS = {"candidates": (2, 1e9), "rho": (0, 1), "layers": (0, 2)}
 LIMITS |= {"init_sigma": (1e-9, 1e9), "hidden": (1, 5_000)}
 
 
@@ -94,9 +95,9 @@ class Args:
     rho: float = 0.5  # ρ, share of the candidates that are elites; in the document's update
     noise: float = 0.01  # η, added to the variance of each coordinate; in the document's update
     episodes: int = 1  # L, episodes of each candidate
-    init_mean: float = 0.0  # μ at first, in each coordinate
     init_sigma: float = 1.0  # σ at first, where C = I
     common_seeds: bool = False  # begin the episodes of all candidates from the same states
+    norm_obs: bool = True  # normalise observations by their running mean and deviation
     layers: int = 0  # hidden layers: 0 (a linear policy), 1 or 2
     hidden: int = 32  # units in each of them
 
@@ -254,9 +255,34 @@ def update_covariance(C, p_c, y, epsilon, weights, h, c_c, c_1, c_mu):
 # Networks -----------------------------------------------------------------------------------------
 
 
+class RunningNorm(nn.Module):
+    """(x - mean) / deviation, those of all rows that include was given; clipped to [-10, 10]."""
+
+    def __init__(self, *shape):
+        super().__init__()
+        self.mean = nn.Buffer(torch.zeros(shape))
+        self.var = nn.Buffer(torch.ones(shape))
+        self.count = nn.Buffer(torch.zeros((), dtype=torch.float64))
+
+    @torch.no_grad()
+    def include(self, x):
+        """Add the rows of x, (B, *shape)."""
+        x = torch.as_tensor(x).to(self.count) - self.mean
+        n, first, second = x.new_tensor(len(x)), x.sum(0), (x**2 - self.var).sum(0)
+        self.count += n
+        shift = first / self.count
+        self.var.add_(second / self.count - shift**2).clamp_(min=0)
+        self.mean += shift
+
+    def forward(self, x):
+        """(..., *shape) to the same."""
+        return ((x - self.mean) / (self.var + 1e-8).sqrt()).clamp(-10, 10)
+
+
 class Policies(nn.Module):
     """Deterministic policies π_θ of one shape, tanh layers and a linear one; mu is one θ, (d,).
 
+    Once norm has been given observations, the policies see them normalised.
     A row of θ holds the weights and biases of one policy. Over a Discrete space it takes the argmax
     of its outputs; over a Box its outputs, 1 and -1 being the bounds where there are any.
     """
@@ -268,6 +294,7 @@ class Policies(nn.Module):
         self.to_env = (lambda x: x.argmax(-1) + space.start) if discrete else box_actions(space)
         outputs = int(space.n) if discrete else space.low.size
         self.sizes = [env.observation_space.shape[0], *[args.hidden] * args.layers, outputs]
+        self.norm = RunningNorm(*env.observation_space.shape)
         self.mu = nn.Buffer(torch.zeros(sum((i + 1) * o for i, o in pairwise(self.sizes))))
 
     def unpack(self, theta):
@@ -281,6 +308,8 @@ class Policies(nn.Module):
 
     def actions(self, layers, obs):
         """What each policy does at its row of obs, (n, obs_dim), as environments take it."""
+        if self.norm.count:
+            obs = self.norm(torch.as_tensor(obs).to(self.mu)).cpu().numpy()
         for i, (weights, bias) in enumerate(layers):
             obs = np.matvec(weights, np.tanh(obs) if i else obs) + bias
         return self.to_env(obs)
@@ -374,7 +403,7 @@ def train(args: Args) -> np.ndarray:
         torch.set_num_threads(1)  # layers this small lose more to threads than they gain
         env = stack.enter_context(make_env(args))
         policies = make_policy(env, args).double().to(args.device)
-        mu = policies.mu.fill_(args.init_mean)
+        mu = policies.mu
         d = len(mu)
         if d > 5_000:
             raise Refusal(f"--layers, --hidden: C of {d} parameters is too large; 5,000 fit")
@@ -401,7 +430,7 @@ def train(args: Args) -> np.ndarray:
             seeds = run.rng.integers(2**29, size=(args.episodes, 1 if args.common_seeds else n))
             seeds = np.broadcast_to(seeds, (args.episodes, n)).tolist()
             episodes = [play(envs, policies, theta.float().cpu().numpy(), row) for row in seeds]
-            returns, lengths, _, steps = zip(*episodes)
+            returns, lengths, seen, steps = zip(*episodes)
             fitness = torch.from_numpy(np.mean(returns, 0)).to(mu)
 
             # 4. Rank.
@@ -427,9 +456,13 @@ def train(args: Args) -> np.ndarray:
                 # 9. Covariance.
                 search.C = update_covariance(search.C, search.p_c, y, epsilon, weights, h, *rates)
 
+            # 10. Statistics of the observations.
+            if args.norm_obs:
+                policies.norm.include(np.concatenate(seen))
+
             run.step += int(sum(steps))
             run.episodes.extend(zip(np.ravel(returns), np.ravel(lengths)))
-            sigma = (search.sigma * search.C.diagonal().sqrt()).mean()
+            sigma = search.sigma * search.C.diagonal().sqrt().mean()
             run.log(fitness=fitness.mean(), best_fitness=fitness.max(), sigma=sigma)
         return run.evaluate()
 

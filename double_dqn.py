@@ -10,6 +10,7 @@ Derivations: "Challenge 1: Overestimation Bias in Q-Values"; all else as in dqn.
     5.  y = R + discount Q_target(s', argmax_a Q_θ(s', a))
     6.  One Adam step on θ down the gradient of the loss of x = Q_θ(s, a) - y.
     7.  Every K of these steps θ_target = (1 - τ) θ_target + τ θ; repeat from 2.
+    8.  Every 1,000 environment steps add the observations to the statistics that normalise them.
 
 Notation: s, a, R, s' -> obs, action, n_step_reward, next_obs of one step; sampled, b_obs,
 b_next_obs -> (B, obs_dim), b_action, b_reward, b_discount -> (B,);  Q_θ, Q_target -> q_net,
@@ -216,13 +217,38 @@ def soft_update(target, theta, tau):
 # Networks -----------------------------------------------------------------------------------------
 
 
+class RunningNorm(nn.Module):
+    """(x - mean) / deviation, those of all rows that include was given; clipped to [-10, 10]."""
+
+    def __init__(self, *shape):
+        super().__init__()
+        self.mean = nn.Buffer(torch.zeros(shape))
+        self.var = nn.Buffer(torch.ones(shape))
+        self.count = nn.Buffer(torch.zeros((), dtype=torch.float64))
+
+    @torch.no_grad()
+    def include(self, x):
+        """Add the rows of x, (B, *shape)."""
+        x = torch.as_tensor(x).to(self.count) - self.mean
+        n, first, second = x.new_tensor(len(x)), x.sum(0), (x**2 - self.var).sum(0)
+        self.count += n
+        shift = first / self.count
+        self.var.add_(second / self.count - shift**2).clamp_(min=0)
+        self.mean += shift
+
+    def forward(self, x):
+        """(..., *shape) to the same."""
+        return ((x - self.mean) / (self.var + 1e-8).sqrt()).clamp(-10, 10)
+
+
 class QNetwork(nn.Sequential):
-    """Q_θ(s, ·): two ReLU layers and a linear one, (B, obs_dim) to (B, A)."""
+    """Q_θ(s, ·): of normalised s two ReLU layers and a linear one, (B, obs_dim) to (B, A)."""
 
     def __init__(self, env, hidden):
-        first = nn.Linear(env.observation_space.shape[0], hidden)
+        obs_dim, relu = env.observation_space.shape[0], nn.ReLU()
+        first, middle = nn.Linear(obs_dim, hidden), nn.Linear(hidden, hidden)
         last = nn.Linear(hidden, env.action_space.n)
-        super().__init__(first, nn.ReLU(), nn.Linear(hidden, hidden), nn.ReLU(), last)
+        super().__init__(RunningNorm(obs_dim), first, relu, middle, relu, last)
         self.start = env.action_space.start
 
     def act(self, obs):
@@ -305,6 +331,7 @@ def train(args: Args) -> np.ndarray:
         env = stack.enter_context(make_env(args))
         q_net = make_policy(env, args).to(device)
         target_net = copy.deepcopy(q_net)
+        norm = target_net[0] = q_net[0]  # one for both networks
         theta, theta_target = [*q_net.parameters()], [*target_net.parameters()]
         optimizer = torch.optim.Adam(theta, eps=1e-5, fused=True)
         buffer = ReplayBuffer(args.buffer_size, env.observation_space, np.int64(0))
@@ -315,7 +342,7 @@ def train(args: Args) -> np.ndarray:
             torch.set_num_threads(1)  # layers this small lose more to threads than they gain
 
         updates = updates_due(run.step, args.burn_in, args.utd)
-        window, rewards = deque(), []
+        window, rewards, seen = deque(), [], []
         losses, first = [], deque(maxlen=100)  # first: (start_value, start_return) of episodes
         obs, _ = env.reset(seed=random.getrandbits(29))
         q_values = in_numpy(q_net)
@@ -334,6 +361,7 @@ def train(args: Args) -> np.ndarray:
             # 3. Store the transitions whose N rewards are complete, at an end all that are left.
             window.append((obs, action))
             rewards.append(reward)
+            seen.append(obs)
             ended = terminated or truncated
             while window and (ended or len(window) == args.n_step):
                 n = len(window)
@@ -375,7 +403,9 @@ def train(args: Args) -> np.ndarray:
                 scalars = {"epsilon": epsilon}
                 scalars |= zip(("loss", "q_mean"), np.mean(losses, 0)) if losses else {}
                 scalars |= zip(("start_value", "start_return"), np.mean(first, 0)) if first else {}
-                losses = []  # so that the next means are of the updates from here on
+                # 8. Statistics of the observations.
+                norm.include(np.stack(seen))
+                losses, seen = [], []  # the next means are of the updates from here on
                 run.log(**scalars)
         return run.evaluate()
 

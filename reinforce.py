@@ -233,14 +233,13 @@ class RunningNorm(nn.Module):
     @torch.no_grad()
     def include(self, x):
         """Add the rows of x, (B, *shape), of all processes."""
-        x = x.double() - self.mean
-        n, first, second = x.new_tensor(len(x)), x.sum(0), x.pow(2).sum(0)
+        x = torch.as_tensor(x).to(self.count) - self.mean
+        n, first, second = x.new_tensor(len(x)), x.sum(0), (x**2 - self.var).sum(0)
         all_sum(n, first, second)
-        total = self.count + n
-        shift = first / total
-        self.var.copy_(((self.count * self.var + second) / total - shift**2).clamp(min=0))
+        self.count += n
+        shift = first / self.count
+        self.var.add_(second / self.count - shift**2).clamp_(min=0)
         self.mean += shift
-        self.count.copy_(total)
 
     def forward(self, x):
         """(..., *shape) to the same."""

@@ -291,7 +291,7 @@ def test_only_ranks_matter_and_no_direction_is_special(function):
 
 
 class Function(gym.Env):
-    """One step: the reward is minus the ellipsoid at the action, which without inputs is theta."""
+    """One step: the reward is minus shifted() of the action, which without inputs is theta."""
 
     observation_space = gym.spaces.Box(-1, 1, (0,), np.float32)
     action_space = gym.spaces.Box(-np.inf, np.inf, (5,), np.float64)
@@ -300,8 +300,13 @@ class Function(gym.Env):
         return np.zeros(0, np.float32), {}
 
     def step(self, action):
-        value = ellipsoid(torch.from_numpy(action)[None]).item()
+        value = shifted(torch.from_numpy(action)[None]).item()
         return np.zeros(0, np.float32), -value, True, False, {}
+
+
+def shifted(theta):
+    """The ellipsoid, whose optimum is not where the search begins."""
+    return ellipsoid(theta - 1)
 
 
 gym.register("Function-v0", Function, disable_env_checker=True, order_enforce=False)
@@ -334,15 +339,15 @@ def draws(n):
 def test_train_is_the_search_tested_above(tmp_path, monkeypatch, alpha):
     """Both updates, from the same random numbers: mean, step size, covariance and paths."""
     n = 9
-    more = dict(candidates=n, init_mean=1.0, init_sigma=0.5, alpha=alpha)
-    start = torch.ones(5, dtype=torch.float64)
+    more = dict(candidates=n, init_sigma=0.5, alpha=alpha)
+    start = torch.zeros(5, dtype=torch.float64)
     update_mean = cmaes.update_mean
     cmaes.train(options(tmp_path / "hansen", "Function-v0", 40 * n, update="hansen", **more))
     document_options = dict(update="document", rho=0.5, noise=1e-4)
     cmaes.train(options(tmp_path / "doc", "Function-v0", 20 * n, **document_options, **more))
 
     monkeypatch.setattr(cmaes, "update_mean", lambda *a: update_mean(*a[:3], alpha))
-    search = hansen(ellipsoid, start, double(0.5).squeeze(), n, draws(n))
+    search = hansen(shifted, start, double(0.5).squeeze(), n, draws(n))
     for _ in range(40):
         _, mu, sigma, C, p_sigma, p_c, _ = next(search)
     found = state(tmp_path / "hansen")
@@ -350,7 +355,7 @@ def test_train_is_the_search_tested_above(tmp_path, monkeypatch, alpha):
     for name, tensor in expected.items():
         torch.testing.assert_close(found[name], tensor, msg=name)
 
-    search = document(ellipsoid, start, 0.5, n, 0.5, 1e-4, draws(n))
+    search = document(shifted, start, 0.5, n, 0.5, 1e-4, draws(n))
     for _ in range(20):
         _, mu, Sigma = next(search)
     found = state(tmp_path / "doc")
@@ -359,7 +364,7 @@ def test_train_is_the_search_tested_above(tmp_path, monkeypatch, alpha):
 
 
 def test_a_resumed_search_keeps_its_shape(tmp_path):
-    more = dict(candidates=6, init_mean=1.0)
+    more = dict(candidates=6)
     cmaes.train(options(tmp_path, "Function-v0", 60, **more))
     before = state(tmp_path)
     resume = str(tmp_path / "checkpoint.pt")
