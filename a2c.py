@@ -83,8 +83,8 @@ LIMITS = {"gamma": (0, 1), "num_steps": (2, 1e18), "k_step": (0, 1e18), "init_st
 class Args:
     total_timesteps: int = 200_000  # environment steps, over all environments and processes
     num_envs: int = 8  # N, environments, shared out among torchrun's processes
-    num_steps: int = 16  # T, steps of each environment between updates, unless k = ∞
-    k_step: int = 16  # k, rewards in a return before the value; 0: k = ∞, whole episodes
+    num_steps: int = 32  # T, steps of each environment between updates, unless k = ∞
+    k_step: int = 32  # k, rewards in a return before the value; 0: k = ∞, whole episodes
     gamma: float = 0.99  # γ, the discount
     learning_rate: float = 7e-3  # RMSprop's step size
     anneal_lr: bool = True  # let the learning rate fall linearly, to 0 at --total-timesteps

@@ -80,7 +80,7 @@ LIMITS = {"gamma": (0, 1), "init_std": (1e-6, 1e6)}  # least and most
 class Args:
     total_timesteps: int = 200_000  # environment steps, over all workers
     workers: int = 2  # processes, each with an environment of its own
-    k_step: int = 16  # k, steps at most of a worker between its updates
+    k_step: int = 32  # k, steps at most of a worker between its updates
     gamma: float = 0.99  # γ, the discount
     learning_rate: float = 7e-3  # RMSprop's step size
     anneal_lr: bool = True  # let the learning rate fall linearly, to 0 at --total-timesteps

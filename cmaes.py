@@ -36,8 +36,10 @@ is no value function, so the return of a truncated episode is used as it is.
 Environments that gymnasium steps all at once (CartPole) play on until the last candidate's episode
 has ended: those steps are counted, but they are no part of any fitness.
 
-Beyond the document: w_i, which it leaves open, are Hansen's; its ε is called η, as in cem.py. The
-policy that is evaluated is that of the mean μ.
+Beyond the document: w_i, which it leaves open, are Hansen's; its ε is called η, as in cem.py.
+Observations are centred and divided by their running deviation, and clipped to [-10, 10]. The
+policy that is evaluated is that of the mean μ. n = 24 is more than Hansen's 4 + ⌊3 ln d⌋, because
+the return of one episode is a noisy fitness.
 
 Logged: fitness and best_fitness are of the latest generation, sigma is the mean deviation of θ.
 
@@ -95,7 +97,7 @@ class Args:
     rho: float = 0.5  # ρ, share of the candidates that are elites; in the document's update
     noise: float = 0.01  # η, added to the variance of each coordinate; in the document's update
     episodes: int = 1  # L, episodes of each candidate
-    init_sigma: float = 1.0  # σ at first, where C = I
+    init_sigma: float = 3.0  # σ at first, where C = I
     common_seeds: bool = False  # begin the episodes of all candidates from the same states
     norm_obs: bool = True  # normalise observations by their running mean and deviation
     layers: int = 0  # hidden layers: 0 (a linear policy), 1 or 2

@@ -82,10 +82,10 @@ LIMITS = {"gamma": (0, 1), "gae_lambda": (0, 1), "init_std": (1e-6, 1e6)}  # lea
 @dataclasses.dataclass
 class Args:
     total_timesteps: int = 60_000  # environment steps, over all environments and processes
-    num_envs: int = 32  # N, environments, shared out among torchrun's processes
-    num_steps: int = 32  # T, steps of each environment between updates
+    num_envs: int = 16  # N, environments, shared out among torchrun's processes
+    num_steps: int = 128  # T, steps of each environment between updates
     epochs: int = 10  # K, passes over each batch
-    minibatches: int = 4  # M, minibatches, hence Adam steps, in a pass
+    minibatches: int = 32  # M, minibatches, hence Adam steps, in a pass
     clip_low: float = 0.2  # ε_low: the ratio is clipped to [1 - ε_low, 1 + ε_high]
     clip_high: float = 0.2  # ε_high: larger than ε_low, it keeps the policy more random
     objective: Literal["clip", "kl"] = "clip"  # clip: clipped; kl: unclipped, minus α KL(μ ‖ π_θ)
@@ -93,14 +93,14 @@ class Args:
     target_kl: float = 0.0  # end the passes when KL(μ ‖ π_θ) exceeds this; 0: never
     gamma: float = 0.99  # γ, the discount
     gae_lambda: float = 0.95  # λ of the advantages: 0 is the one-step one, 1 the Monte Carlo one
-    learning_rate: float = 2e-3  # Adam's step size
+    learning_rate: float = 5e-4  # Adam's step size
     anneal_lr: bool = True  # let the learning rate fall linearly, to 0 at --total-timesteps
     entropy_coef: float = 0.0  # c_H, weight of the entropy bonus
     value_coef: float = 0.5  # c_V, weight of the value loss
     max_grad_norm: float = 0.5  # clip the gradient's norm to this; 0: no clip
-    norm_obs: bool = False  # normalise observations by their running mean and deviation
-    norm_rewards: bool = False  # divide rewards by the running deviation of the discounted return
-    init_std: float = 1.0  # σ of the Gaussian policy at first; 1 is half a bounded action's range
+    norm_obs: bool = True  # normalise observations by their running mean and deviation
+    norm_rewards: bool = True  # divide rewards by the running deviation of the discounted return
+    init_std: float = 0.4  # σ of the Gaussian policy at first; 1 is half a bounded action's range
     hidden: int = 64  # units in each of the two hidden layers
 
     env_id: str = "CartPole-v1"  # gymnasium id; module:Name-v0 imports module first

@@ -84,18 +84,18 @@ LIMITS = {"gamma": (0, 1), "init_std": (1e-6, 1e6)}  # least and most
 @dataclasses.dataclass
 class Args:
     total_timesteps: int = 100_000  # environment steps, over all environments and processes
-    num_envs: int = 16  # N, trajectories in an update, shared out among torchrun's processes
+    num_envs: int = 8  # N, trajectories in an update, shared out among torchrun's processes
     max_steps: int = 10_000  # T at most; a longer trajectory is cut there as by a time limit
     weight: Literal["to-go", "trajectory"] = "to-go"  # of each log π: G_t, or R(τ) at every t
     baseline: Literal["none", "constant", "time", "state"] = "state"  # b = 0, b, b_t or V_φ(s_t)
-    standardize: bool = False  # shift and scale the weights of a batch to mean 0 and deviation 1
+    standardize: bool = True  # shift and scale the weights of a batch to mean 0 and deviation 1
     gamma: float = 0.99  # γ, the discount
     learning_rate: float = 1e-2  # α, Adam's step size on θ
     anneal_lr: bool = True  # let learning rates fall linearly, to 0 at --total-timesteps
     value_learning_rate: float = 1e-2  # Adam's step size on φ
     value_steps: int = 32  # K, Adam steps on φ in an update
     value_batch: int = 256  # steps of the trajectories drawn for each of them
-    norm_obs: bool = False  # normalise observations by their running mean and deviation
+    norm_obs: bool = True  # normalise observations by their running mean and deviation
     init_std: float = 0.5  # σ of the Gaussian policy at first; 1 is half a bounded action's range
     learn_std: bool = False  # learn σ too; the document's is fixed
     hidden: int = 64  # units in each of the two hidden layers

@@ -46,7 +46,7 @@ def test_gaussian_against_torch():
 
 def policy_for(env_id, **options):
     """A policy with the options, and an environment of env_id."""
-    args = ppo.Args(env_id=env_id, **{"hidden": 8, **options})
+    args = ppo.Args(env_id=env_id, **{"hidden": 8, "norm_obs": False, **options})
     env = ppo.make_env(args)
     return ppo.make_policy(env, args), env
 
@@ -316,9 +316,9 @@ def test_each_loss_moves_its_own_network():
 
 # Learning
 
-COMMON = dict(
-    num_envs=16, num_steps=32, epochs=4, hidden=32, gamma=0.9, eval_episodes=20, learning_rate=5e-3
-)
+COMMON = dict(num_envs=16, num_steps=32, epochs=4, minibatches=4, hidden=32, gamma=0.9)
+COMMON |= dict(learning_rate=5e-3, init_std=1.0, norm_obs=False, norm_rewards=False)
+COMMON |= dict(eval_episodes=20)
 
 
 def trained(tmp_path, env_id, steps, **options):

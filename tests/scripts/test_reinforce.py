@@ -200,7 +200,7 @@ def test_the_measured_table():
 # The loop
 
 COMMON = dict(num_envs=32, hidden=32, gamma=0.9, eval_episodes=20, max_steps=50, init_std=0.2)
-COMMON |= dict(value_steps=8, value_batch=64)
+COMMON |= dict(value_steps=8, value_batch=64, norm_obs=False, standardize=False)
 
 
 def trained(tmp_path, env_id, steps, **options):
