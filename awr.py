@@ -113,7 +113,7 @@ class Args:
     critic_learning_rate: float = 1e-3  # Adam's step size on φ
     norm_obs: bool = True  # normalise observations by their running mean and deviation
     init_std: float = 0.4  # σ of the Gaussian policy, always; 1 is half a bounded action's range
-    hidden: int = 64  # units in each of the two hidden layers
+    hidden: int = 128  # units in each of the two hidden layers
 
     env_id: str = "CartPole-v1"  # gymnasium id; module:Name-v0 imports module first
     env_kwargs: str = "{}"  # arguments of the environment, as a JSON object

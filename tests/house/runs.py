@@ -18,16 +18,16 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 # Options that make a run short, with every normaliser and optimiser switched on. A rollout of 30
 # steps is five episodes of five steps and their reset steps.
 SHORT = {
-    "reinforce": dict(num_envs=4, hidden=16, value_steps=2, value_batch=16, norm_obs=True),
+    "reinforce": dict(num_envs=4, hidden=16, value_steps=2, value_batch=16),
     "a2c": dict(num_envs=4, num_steps=30, hidden=16),
     "a3c": dict(workers=1, hidden=16),
-    "cem": dict(candidates=4, hidden=8),
+    "cem": dict(candidates=4, hidden=8, layers=1),
     "cmaes": dict(candidates=4, hidden=8, layers=1),
     "nes": dict(candidates=4, hidden=8, norm_obs=True),
     "dqn": dict(burn_in=50, batch_size=16, hidden=16, utd=0.2, n_step=3),
     "double_dqn": dict(burn_in=50, batch_size=16, hidden=16, utd=0.2, n_step=3),
-    "awr": dict(num_envs=4, num_steps=30, critic_steps=4, actor_steps=8, hidden=16, norm_obs=True),
-    "ppo": dict(num_envs=4, num_steps=30, epochs=2, hidden=16, norm_obs=True, norm_rewards=True),
+    "awr": dict(num_envs=4, num_steps=30, critic_steps=4, actor_steps=8, hidden=16),
+    "ppo": dict(num_envs=4, num_steps=30, epochs=2, minibatches=4, hidden=16),
     "ddpg": dict(burn_in=50, batch_size=16, hidden=16, utd=0.2),
     "td3": dict(burn_in=50, batch_size=16, hidden=16, utd=0.2),
     "sac": dict(burn_in=50, batch_size=16, hidden=16, utd=0.2),
