@@ -109,7 +109,7 @@ class Args:
     max_weight: float = 20.0  # w_max, where weights are clipped
     gamma: float = 0.99  # γ, the discount
     gae_lambda: float = 0.95  # λ of the returns: 0 is the one-step one, 1 the Monte Carlo one
-    actor_learning_rate: float = 3e-4  # Adam's step size on θ
+    actor_learning_rate: float = 5e-5  # Adam's step size on θ
     critic_learning_rate: float = 1e-3  # Adam's step size on φ
     norm_obs: bool = True  # normalise observations by their running mean and deviation
     init_std: float = 0.4  # σ of the Gaussian policy, always; 1 is half a bounded action's range

@@ -17,8 +17,7 @@ Environments that gymnasium steps all at once (CartPole) play on until the last 
 has ended: those steps are counted, but they are no part of any fitness.
 
 Beyond the document: η falls linearly, as in the paper of Szita and Lőrincz. The policy that is
-evaluated is that of the mean μ. By default policies are linear, and σ² begins at 1 where the
-document's begins at 100: then outputs of continuous actions begin between their bounds.
+evaluated is that of the mean μ. Policies are linear unless --layers says otherwise.
 
 Logged: fitness and best_fitness are of the latest generation, sigma is the mean of its σ.
 
@@ -73,7 +72,7 @@ class Args:
     rho: float = 0.2  # ρ, share of the candidates that are elites: ⌊ρn⌋, at least one
     episodes: int = 1  # L, episodes of each candidate
     init_mean: float = 0.0  # μ at first, in each coordinate; the document's is 0
-    init_var: float = 1.0  # σ² at first, in each coordinate; the document's is 100
+    init_var: float = 100.0  # σ² at first, in each coordinate; the document's is 100
     noise: float = 1.0  # η, added to the variance
     decay_noise: bool = True  # let η fall linearly, to 0 at --total-timesteps
     common_seeds: bool = False  # begin the episodes of all candidates from the same states
