@@ -80,7 +80,7 @@ LIMITS = {"gamma": (0, 1), "tau": (0, 1)}  # least and most
 
 @dataclasses.dataclass
 class Args:
-    total_timesteps: int = 10_000  # environment steps
+    total_timesteps: int = 20_000  # environment steps
     burn_in: int = 1_000  # steps of random actions before the first update, 1 at least
     sigma: float = 0.1  # σ, deviation of the exploration noise; 1 is half an action's range
     gamma: float = 0.99  # γ, the discount
