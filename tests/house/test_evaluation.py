@@ -67,10 +67,13 @@ def test_an_episode_that_does_not_end_is_cut(tmp_path, monkeypatch):
     assert max(asked) == 100_000
 
 
-NORMALISED = [name for name in SCRIPTS if "    norm_obs: bool" in SOURCES[name]]
+NORMALISED = [name for name in SCRIPTS if "class RunningNorm" in SOURCES[name]]
 LEARN = {
     "reinforce": dict(num_envs=32, hidden=32, total_timesteps=2_000, value_steps=4),
     "nes": dict(candidates=32, episodes=4, hidden=16, total_timesteps=4_000),
+    "cmaes": dict(candidates=32, episodes=4, layers=0, total_timesteps=4_000),
+    "dqn": dict(burn_in=200, epsilon_steps=1_000, learning_rate=3e-3, total_timesteps=3_000),
+    "double_dqn": dict(burn_in=200, epsilon_steps=1_000, learning_rate=3e-3, total_timesteps=3_000),
     "awr": dict(num_envs=16, num_steps=64, critic_steps=20, actor_steps=100, hidden=32)
     | dict(actor_learning_rate=3e-3, total_timesteps=4_000, alpha=0.5),
     "ppo": dict(num_envs=16, num_steps=32, epochs=4, hidden=32, learning_rate=5e-3)
