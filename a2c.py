@@ -26,7 +26,7 @@ networks; a learning rate that falls linearly; orthogonal initial weights. σ is
 each action dimension; the environment gets actions clipped to its bounds, the policy's density does
 not know them. RMSprop has ε = 0.1 (torch's is 1e-8), as is usual for A3C: where V_φ has been exact
 for long, its mean of squared gradients fades, and with a small ε the next failure would move all
-weights far. k is 32 by default, the paper's 5, and the entropy bonus 0, the paper's 0.01.
+weights far. By default k is 32 (5 in the paper) and the entropy bonus is 0 (0.01 in the paper).
 Under torchrun, the document's synchronous scheme, the environments are shared out, and gradients
 are averaged over the real steps of all processes. For k = ∞ an environment that has ended plays on
 until the last one has: these steps are counted, but nothing is learned from them.

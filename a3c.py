@@ -25,8 +25,8 @@ but not the value: only terminated does.
 
 Beyond the paper: a clip of the gradient's norm, without which some runs on Acrobot never meet the
 goal; ε = 0.1 in RMSprop, as in a2c.py; two hidden layers for each network, which share none;
-orthogonal initial weights. k is 32 by default, the paper's 5, and the entropy bonus 0, the paper's
-0.01.
+orthogonal initial weights. By default k is 32 (5 in the paper) and the entropy bonus is 0 (0.01 in
+the paper).
 
 The main process is worker 0. Steps are logged of all workers; episodes of worker 0 alone, and the
 losses and the entropy of its latest update. Workers are forked: this runs on Linux and macOS.

@@ -16,8 +16,8 @@ Derivations: "The Value-Based Approach", "Value Iteration and Q-Learning",
     4.  Sample a batch of D, as often as the update-to-data ratio says.
     5.  y = R + discount max_a Q_target(s', a)
     6.  One Adam step on θ down the gradient of the loss of x = Q_θ(s, a) - y.
-    7.  Every K of these steps θ_target = (1 - τ) θ_target + τ θ; repeat from 2.
-    8.  Every 200 environment steps add the observations to the statistics that normalise them.
+    7.  Every K of these steps θ_target = (1 - τ) θ_target + τ θ.
+    8.  Every 200 environment steps update the statistics that normalise s; repeat from 2.
 
 Notation: s, a, R, s' -> obs, action, n_step_reward, next_obs of one step; sampled, b_obs,
 b_next_obs -> (B, obs_dim), b_action, b_reward, b_discount -> (B,);  Q_θ, Q_target -> q_net,
