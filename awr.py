@@ -72,6 +72,7 @@ import json
 import math
 import os
 import random
+import re
 import signal
 import sys
 import time
@@ -91,6 +92,7 @@ from tqdm import tqdm
 SCRIPT = "awr"
 ACTION_SPACES = gym.spaces.Discrete, gym.spaces.Box
 # Least and most of options; of the others the least is 0, of sizes 1.
+IMAGES = False  # whether observations may be images
 LIMITS = {"gamma": (0, 0.99999), "gae_lambda": (0, 1), "alpha": (1e-6, 1e9), "init_std": (1e-6, 9)}
 
 
@@ -131,11 +133,11 @@ class Args:
         for name, value in vars(self).items():
             kind = Args.__annotations__[name]
             kinds = get_args(kind) or [kind]  # choices, or types
-            value = value.item() if isinstance(value, np.generic) else value
+            value = getattr(value, "item", lambda: value)()
             value = float(value) if float in kinds and type(value) is int else value
             setattr(self, name, value)
-            positive = int in kinds and name not in ("seed", "eval_every", "checkpoint_every")
-            low, high = LIMITS.get(name, (int(positive), 1e18))
+            positive = int in kinds and name not in "seed eval_every checkpoint_every"
+            low, high = LIMITS.get(name, (+positive, 1e18))
             fits = value in kinds or type(value) in kinds
             if not fits or type(value) in (int, float) and not low <= value <= high:
                 raise Refusal(
@@ -328,8 +330,8 @@ class SoftmaxPolicy(nn.Sequential):
     log_prob = staticmethod(softmax_log_prob)
     entropy = staticmethod(softmax_entropy)
 
-    def __init__(self, env, args, *norm):
-        super().__init__(*norm, *mlp(env, args, env.action_space.n, gain=0.01))
+    def __init__(self, env, args, *first):
+        super().__init__(*first, *mlp(env, args, env.action_space.n, gain=0.01))
         self.start = env.action_space.start
 
     def sample(self, logits, rng):
@@ -352,9 +354,9 @@ class GaussianPolicy(nn.Sequential):
     m_θ is the document's μ_θ, whose letter is the behaviour policy's here.
     """
 
-    def __init__(self, env, args, *norm):
+    def __init__(self, env, args, *first):
         d = env.action_space.low.size
-        super().__init__(*norm, *mlp(env, args, d, gain=0.01))
+        super().__init__(*first, *mlp(env, args, d, gain=0.01))
         self.log_std = nn.Parameter(torch.full((d,), args.init_std).log())
         self.to_env = box_actions(env.action_space)
 
@@ -589,20 +591,29 @@ def check_finite(what, x):
 
 
 def make_env(args, video=""):
-    """The environment with flat observations; with --capture-video it records to folder video."""
+    """The environment with flat observations, or images as they are: of Atari as DQN saw them.
+
+    With --capture-video it records to folder video.
+    """
     mistakes = gym.error.Error, ModuleNotFoundError, TypeError, ValueError
+    atari = args.env_id.startswith("ALE/")
     render = {"render_mode": "rgb_array"} if args.capture_video else {}
     try:
-        env = gym.make(args.env_id, **json.loads(args.env_kwargs), **render)
+        kwargs = ({"frameskip": 1} if atari else {}) | json.loads(args.env_kwargs)
+        env = gym.make("ale_py:" * atari + args.env_id, **kwargs, **render)
+        if atari:  # the last four of every fourth frame, grey, 84 x 84
+            env = gym.wrappers.FrameStackObservation(gym.wrappers.AtariPreprocessing(env), 4)
         if args.capture_video:  # find out now whether it can draw itself
             env.reset()
             env.render()
     except Exception if args.capture_video else mistakes as error:
         raise Refusal(f"{args.env_id} {args.env_kwargs}: {type(error).__name__} {error}") from error
-    image = (obs_space := env.observation_space).dtype == np.uint8 and len(obs_space.shape) > 1
-    if image or not obs_space.is_np_flattenable or not isinstance(env.action_space, ACTION_SPACES):
-        raise Refusal(f"{SCRIPT}.py cannot learn {args.env_id}, {obs_space} to {env.action_space}")
-    env = gym.wrappers.FlattenObservation(env)
+    space = env.observation_space
+    image = re.search(r"\(\d+, \d+, \d+\), (uint8|bool)\)", str(space))  # space, or in a Dict
+    known = IMAGES and isinstance(space, gym.spaces.Box) if image else space.is_np_flattenable
+    if not known or not isinstance(env.action_space, ACTION_SPACES):
+        raise Refusal(f"{SCRIPT}.py cannot learn {args.env_id}, {space} to {env.action_space}")
+    env = env if image else gym.wrappers.FlattenObservation(env)
     return gym.wrappers.RecordVideo(env, video, lambda _: True) if render and video else env
 
 

@@ -59,11 +59,12 @@ import json
 import math
 import os
 import random
+import re
 import signal
 import sys
 import time
 from collections import deque
-from contextlib import AbstractContextManager, ExitStack, closing, redirect_stdout
+from contextlib import AbstractContextManager, ExitStack, redirect_stdout
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -77,6 +78,7 @@ from tqdm import tqdm
 
 SCRIPT = "ppo"
 ACTION_SPACES = gym.spaces.Discrete, gym.spaces.Box
+IMAGES = True  # whether observations may be images
 LIMITS = {"gamma": (0, 1), "gae_lambda": (0, 1), "init_std": (1e-6, 1e6)}  # least and most
 
 
@@ -99,8 +101,9 @@ class Args:
     entropy_coef: float = 0.0  # c_H, weight of the entropy bonus
     value_coef: float = 0.5  # c_V, weight of the value loss
     max_grad_norm: float = 0.5  # clip the gradient's norm to this; 0: no clip
-    norm_obs: bool = True  # normalise observations by their running mean and deviation
+    norm_obs: bool = True  # normalise observations, but images, by their mean and deviation
     norm_rewards: bool = True  # divide rewards by the running deviation of the discounted return
+    clip_rewards: bool = True  # clip rewards to [-1, 1] where observations are images
     init_std: float = 0.4  # σ of the Gaussian policy at first; 1 is half a bounded action's range
     hidden: int = 64  # units in each of the two hidden layers
 
@@ -120,11 +123,11 @@ class Args:
         for name, value in vars(self).items():
             kind = Args.__annotations__[name]
             kinds = get_args(kind) or [kind]  # choices, or types
-            value = value.item() if isinstance(value, np.generic) else value
+            value = getattr(value, "item", lambda: value)()
             value = float(value) if float in kinds and type(value) is int else value
             setattr(self, name, value)
-            positive = int in kinds and name not in ("seed", "eval_every", "checkpoint_every")
-            low, high = LIMITS.get(name, (int(positive), 1e18))
+            positive = int in kinds and name not in "seed eval_every checkpoint_every"
+            low, high = LIMITS.get(name, (+positive, 1e18))
             fits = value in kinds or type(value) in kinds
             if not fits or type(value) in (int, float) and not low <= value <= high:
                 raise Refusal(
@@ -252,15 +255,42 @@ class RunningNorm(nn.Module):
         return ((x - self.mean) / (self.var + 1e-8).sqrt()).clamp(-10, 10)
 
 
+class Torso(nn.Sequential):
+    """Features of images, (..., *shape) to (..., 256): convolutions and a linear layer, with ReLU.
+
+    The channels are the first axis where that is shorter than the last, else the last.
+    """
+
+    def __init__(self, space):
+        relu, layers = nn.ReLU(), [nn.LazyConv2d(16, 3), nn.ReLU()]
+        if space.shape[1] >= 36:  # in Nature 32 of 8 x 8, 64 of 4 x 4, 64 of 3 x 3, 512 features
+            layers = [nn.LazyConv2d(16, 8, 4), relu, nn.Conv2d(16, 32, 4, 2), relu]
+        super().__init__(*layers, nn.Flatten(), nn.LazyLinear(256), relu)
+        self.axis = 1 if space.shape[0] < space.shape[2] else 3  # of the channels, in a batch
+        self.white = float(space.high.max())
+        self(torch.zeros(1, *space.shape))  # the lazy layers take their sizes from it
+
+    def forward(self, x):
+        """(..., *shape) to (..., 256)."""
+        image = x.flatten(0, -4).movedim(self.axis, 1) / self.white
+        return super().forward(image).unflatten(0, x.shape[:-3])
+
+
 def mlp(env, args, outputs, gain):
-    """Two tanh layers and a linear one; orthogonal weights, those of the last times gain."""
-    obs_dim, hidden = env.observation_space.shape[0], args.hidden
-    layers = nn.Linear(obs_dim, hidden), nn.Linear(hidden, hidden), nn.Linear(hidden, outputs)
-    for layer in layers:
+    """Two tanh layers and a linear one, after a torso the linear one alone.
+
+    Orthogonal weights, those of the last layer times gain.
+    """
+    shape, hidden = env.observation_space.shape, args.hidden
+    sizes = [shape[0], hidden, hidden, outputs] if len(shape) == 1 else [256, outputs]
+    layers = []
+    for size in zip(sizes, sizes[1:]):
+        layers += nn.Linear(*size), nn.Tanh()
+    for layer in layers[::2]:
         nn.init.orthogonal_(layer.weight, math.sqrt(2))
         nn.init.zeros_(layer.bias)
-    nn.init.orthogonal_(layers[2].weight, gain)
-    return layers[0], nn.Tanh(), layers[1], nn.Tanh(), layers[2]
+    nn.init.orthogonal_(layers[-2].weight, gain)
+    return layers[:-1]
 
 
 def in_numpy(net):
@@ -308,8 +338,8 @@ class SoftmaxPolicy(nn.Sequential):
     log_prob = staticmethod(softmax_log_prob)
     entropy = staticmethod(softmax_entropy)
 
-    def __init__(self, env, args, *norm):
-        super().__init__(*norm, *mlp(env, args, env.action_space.n, gain=0.01))
+    def __init__(self, env, args, *first):
+        super().__init__(*first, *mlp(env, args, env.action_space.n, gain=0.01))
         self.start = env.action_space.start
 
     def sample(self, logits, rng):
@@ -332,9 +362,9 @@ class GaussianPolicy(nn.Sequential):
     m_θ is the document's μ_θ, whose letter is the behaviour policy's here.
     """
 
-    def __init__(self, env, args, *norm):
+    def __init__(self, env, args, *first):
         d = env.action_space.low.size
-        super().__init__(*norm, *mlp(env, args, d, gain=0.01))
+        super().__init__(*first, *mlp(env, args, d, gain=0.01))
         self.log_std = nn.Parameter(torch.full((d,), args.init_std).log())
         self.to_env = box_actions(env.action_space)
 
@@ -359,9 +389,11 @@ class GaussianPolicy(nn.Sequential):
 
 def make_policy(env, args):
     """The policy for the spaces of env."""
-    norm = [RunningNorm(*env.observation_space.shape)] if args.norm_obs else []
+    space = env.observation_space
+    norm = [RunningNorm(*space.shape)] if args.norm_obs else []
+    first = [Torso(space)] if len(space.shape) > 1 else norm
     discrete = isinstance(env.action_space, gym.spaces.Discrete)
-    return (SoftmaxPolicy if discrete else GaussianPolicy)(env, args, *norm)
+    return (SoftmaxPolicy if discrete else GaussianPolicy)(env, args, *first)
 
 
 # Training -----------------------------------------------------------------------------------------
@@ -381,22 +413,25 @@ def train(args: Args) -> np.ndarray:
         # 1. Initialise, alike in every process.
         torch.manual_seed(args.seed)
         env = stack.enter_context(make_env(args))
-        envs = stack.enter_context(closing(make_envs(args, N)))
+        image = len(env.observation_space.shape) > 1
+        envs = gym.make_vec(env.spec, N, "sync") if image else make_envs(args, N)
+        stack.callback(envs.close)
         policy = make_policy(env, args).to(device)
-        norm = [policy[0]] if args.norm_obs else []  # the same one for both networks
-        critic = nn.Sequential(*norm, *mlp(env, args, 1, gain=1.0)).to(device)
-        parameters = [*policy.parameters(), *critic.parameters()]
+        shared = [policy[0]] if args.norm_obs or image else []  # the same for both networks
+        critic = nn.Sequential(*shared, *mlp(env, args, 1, gain=1.0)).to(device)
+        parameters = [*nn.ModuleList([policy, critic]).parameters()]
         optimizer = torch.optim.Adam(parameters, eps=1e-5, fused=True)
         reward_norm = RunningNorm()
         learner = {"policy": policy, "critic": critic, "optimizer": optimizer}
         run = stack.enter_context(Run(args, rank, **learner, reward_norm=reward_norm))
         stack.callback(torch.set_num_threads, torch.get_num_threads())
-        if args.hidden * N * T // args.minibatches < 2**16:
+        if not image and args.hidden * N * T // args.minibatches < 2**16:
             torch.set_num_threads(1)  # layers this small lose more to threads than they gain
 
         # obs[t + 1] is the true successor of obs[t], also where an episode ended. The step after an
         # end is the reset step: its action was ignored, its reward is 0, and real is False there.
-        obs = np.zeros((T + 1, *envs.observation_space.shape), np.float32)  # (T+1, N, obs_dim)
+        obs_type = env.observation_space.dtype if image else np.float32
+        obs = np.zeros((T + 1, *envs.observation_space.shape), obs_type)  # (T+1, N, obs_dim)
         rewards = np.zeros((T, N), np.float32)
         terminated, truncated = np.zeros((2, T, N), bool)
         real = np.ones((T + 1, N), bool)
@@ -422,6 +457,9 @@ def train(args: Args) -> np.ndarray:
                     run.episodes.append((episode_return[n], episode_length[n]))
                     episode_return[n] = episode_length[n] = 0
             check_finite("an observation or a reward", (obs, rewards))
+
+            if image and args.clip_rewards:
+                rewards.clip(-1, 1, rewards)
 
             # 3. Advantages and returns. Values and log μ of the whole rollout take one pass each.
             rollout = obs, np.stack(actions), rewards, terminated, truncated, real[:T]
@@ -464,8 +502,7 @@ def train(args: Args) -> np.ndarray:
                     loss = args.value_coef * v_loss - surrogate
                     if args.entropy_coef:
                         loss = loss - args.entropy_coef * policy.entropy(output).mean()
-                    for x in parameters:  # as zero_grad does, in less time
-                        x.grad = None
+                    optimizer.zero_grad()
                     loss.backward()
                     if world > 1:
                         all_sum(*(x.grad for x in parameters), weight=share)
@@ -482,7 +519,7 @@ def train(args: Args) -> np.ndarray:
                         break
 
             # 9. Statistics of the observations, for the next rollout.
-            if args.norm_obs:
+            if args.norm_obs and not image:
                 policy[0].include(b_obs)
 
             # The losses are means over all updates; last_... is of the policy after the last one,
@@ -543,20 +580,29 @@ def check_finite(what, x):
 
 
 def make_env(args, video=""):
-    """The environment with flat observations; with --capture-video it records to folder video."""
+    """The environment with flat observations, or images as they are: of Atari as DQN saw them.
+
+    With --capture-video it records to folder video.
+    """
     mistakes = gym.error.Error, ModuleNotFoundError, TypeError, ValueError
+    atari = args.env_id.startswith("ALE/")
     render = {"render_mode": "rgb_array"} if args.capture_video else {}
     try:
-        env = gym.make(args.env_id, **json.loads(args.env_kwargs), **render)
+        kwargs = ({"frameskip": 1} if atari else {}) | json.loads(args.env_kwargs)
+        env = gym.make("ale_py:" * atari + args.env_id, **kwargs, **render)
+        if atari:  # the last four of every fourth frame, grey, 84 x 84
+            env = gym.wrappers.FrameStackObservation(gym.wrappers.AtariPreprocessing(env), 4)
         if args.capture_video:  # find out now whether it can draw itself
             env.reset()
             env.render()
     except Exception if args.capture_video else mistakes as error:
         raise Refusal(f"{args.env_id} {args.env_kwargs}: {type(error).__name__} {error}") from error
-    image = (obs_space := env.observation_space).dtype == np.uint8 and len(obs_space.shape) > 1
-    if image or not obs_space.is_np_flattenable or not isinstance(env.action_space, ACTION_SPACES):
-        raise Refusal(f"{SCRIPT}.py cannot learn {args.env_id}, {obs_space} to {env.action_space}")
-    env = gym.wrappers.FlattenObservation(env)
+    space = env.observation_space
+    image = re.search(r"\(\d+, \d+, \d+\), (uint8|bool)\)", str(space))  # space, or in a Dict
+    known = IMAGES and isinstance(space, gym.spaces.Box) if image else space.is_np_flattenable
+    if not known or not isinstance(env.action_space, ACTION_SPACES):
+        raise Refusal(f"{SCRIPT}.py cannot learn {args.env_id}, {space} to {env.action_space}")
+    env = env if image else gym.wrappers.FlattenObservation(env)
     return gym.wrappers.RecordVideo(env, video, lambda _: True) if render and video else env
 
 
