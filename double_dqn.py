@@ -98,6 +98,7 @@ class Args:
     loss: Literal["huber", "squared"] = "huber"  # loss of the TD error
     delta: float = 1.0  # δ, the TD error from which the Huber loss is linear
     max_grad_norm: float = 10.0  # clip the gradient's norm to this; 0: no clip
+    clip_rewards: bool = True  # clip rewards to [-1, 1] where observations are images
     hidden: int = 128  # units in each of the two hidden layers
 
     env_id: str = "CartPole-v1"  # gymnasium id; module:Name-v0 imports module first
@@ -245,14 +246,41 @@ class RunningNorm(nn.Module):
         return ((x - self.mean) / (self.var + 1e-8).sqrt()).clamp(-10, 10)
 
 
+class Torso(nn.Sequential):
+    """Features of images, (..., *shape) to (..., 256): convolutions and a linear layer, with ReLU.
+
+    The channels are the first axis where that is shorter than the last, else the last.
+    """
+
+    def __init__(self, space):
+        relu, layers = nn.ReLU(), [nn.LazyConv2d(16, 3), nn.ReLU()]
+        if space.shape[1] >= 36:  # in Nature 32 of 8 x 8, 64 of 4 x 4, 64 of 3 x 3, 512 features
+            layers = [nn.LazyConv2d(16, 8, 4), relu, nn.Conv2d(16, 32, 4, 2), relu]
+        super().__init__(*layers, nn.Flatten(), nn.LazyLinear(256), relu)
+        self.axis = 1 if space.shape[0] < space.shape[2] else 3  # of the channels, in a batch
+        self.white = float(space.high.max())
+        self(torch.zeros(1, *space.shape))  # the lazy layers take their sizes from it
+
+    def forward(self, x):
+        """(..., *shape) to (..., 256)."""
+        image = x.flatten(0, -4).movedim(self.axis, 1) / self.white
+        return super().forward(image).unflatten(0, x.shape[:-3])
+
+
 class QNetwork(nn.Sequential):
-    """Q_θ(s, ·): of normalised s two ReLU layers and a linear one, (B, obs_dim) to (B, A)."""
+    """Q_θ(s, ·): of normalised s two ReLU layers and a linear one, (B, obs_dim) to (B, A).
+
+    Of images a torso and a linear layer, (B, *shape) to (B, A).
+    """
 
     def __init__(self, env, hidden):
-        obs_dim, relu = env.observation_space.shape[0], nn.ReLU()
-        first, middle = nn.Linear(obs_dim, hidden), nn.Linear(hidden, hidden)
-        last = nn.Linear(hidden, env.action_space.n)
-        super().__init__(RunningNorm(obs_dim), first, relu, middle, relu, last)
+        shape, relu = env.observation_space.shape, nn.ReLU()
+        if len(shape) > 1:
+            super().__init__(Torso(env.observation_space), nn.Linear(256, env.action_space.n))
+        else:
+            first, middle = nn.Linear(*shape, hidden), nn.Linear(hidden, hidden)
+            last = nn.Linear(hidden, env.action_space.n)
+            super().__init__(RunningNorm(*shape), first, relu, middle, relu, last)
         self.start = env.action_space.start
 
     def act(self, obs):
@@ -295,10 +323,10 @@ class ReplayBuffer:
     def __init__(self, size, space, action):
         obs = np.zeros(space.shape, space.dtype if space.dtype.itemsize < 4 else np.float32)
         like = obs, action, np.float32(0), obs, np.float32(0)
-        try:
-            self.data = [np.zeros((size, *x.shape), x.dtype) for x in like]
-        except MemoryError as error:
-            raise Refusal(f"--buffer-size {size}: {error}") from error
+        need = size * sum(x.nbytes for x in like)
+        if need > os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"):
+            raise Refusal(f"--buffer-size {size}: {need / 2**30:,.1f} GiB exceed this machine's")
+        self.data = [np.zeros((size, *x.shape), x.dtype) for x in like]
         self.added = 0
 
     def add(self, *transition):
@@ -335,18 +363,20 @@ def train(args: Args) -> np.ndarray:
         env = stack.enter_context(make_env(args))
         q_net = make_policy(env, args).to(device)
         target_net = copy.deepcopy(q_net)
-        norm = target_net[0] = q_net[0]  # one for both networks
+        image = len(env.observation_space.shape) > 1
+        if not image:
+            target_net[0] = q_net[0]  # one normaliser for both networks
         theta, theta_target = [*q_net.parameters()], [*target_net.parameters()]
         optimizer = torch.optim.Adam(theta, eps=1e-5, fused=True)
         buffer = ReplayBuffer(args.buffer_size, env.observation_space, np.int64(0))
         learner = {"policy": q_net, "target_net": target_net, "optimizer": optimizer}
         run = stack.enter_context(Run(args, **learner, buffer=buffer))
         stack.callback(torch.set_num_threads, torch.get_num_threads())
-        if args.hidden**2 * args.batch_size < 2**23:
+        if not image and args.hidden**2 * args.batch_size < 2**23:
             torch.set_num_threads(1)  # layers this small lose more to threads than they gain
 
         updates = updates_due(run.step, args.burn_in, args.utd)
-        window, rewards, seen = deque(), [], []
+        window, rewards, episode_return, seen = deque(), [], 0, []
         losses, first = [], deque(maxlen=100)  # first: (start_value, start_return) of episodes
         obs, _ = env.reset(seed=random.getrandbits(29))
         q_values = in_numpy(q_net)
@@ -364,7 +394,8 @@ def train(args: Args) -> np.ndarray:
 
             # 3. Store the transitions whose N rewards are complete, at an end all that are left.
             window.append((obs, action))
-            rewards.append(reward)
+            rewards.append(np.clip(reward, -1, 1) if image and args.clip_rewards else reward)
+            episode_return += reward
             seen.append(obs)
             ended = terminated or truncated
             while window and (ended or len(window) == args.n_step):
@@ -374,9 +405,9 @@ def train(args: Args) -> np.ndarray:
                 buffer.add(*window.popleft(), n_step_reward, next_obs, discount)
             obs = next_obs
             if ended:
-                run.episodes.append((sum(rewards), len(rewards)))
+                run.episodes.append((episode_return, len(rewards)))
                 first.append((start_value, n_step_return(rewards, gamma)))
-                obs, rewards = env.reset()[0], []
+                obs, rewards, episode_return = env.reset()[0], [], 0
                 start_value = q_values(obs).max()
 
             run.step += 1
@@ -408,7 +439,8 @@ def train(args: Args) -> np.ndarray:
                 scalars |= zip(("loss", "q_mean"), np.mean(losses, 0)) if losses else {}
                 scalars |= zip(("start_value", "start_return"), np.mean(first, 0)) if first else {}
                 # 8. Statistics of the observations.
-                norm.include(np.stack(seen))
+                if not image:
+                    q_net[0].include(np.stack(seen))
                 losses, seen = [], []  # the next means are of the updates from here on
                 run.log(**scalars)
         return run.evaluate()

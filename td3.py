@@ -283,10 +283,10 @@ class ReplayBuffer:
     def __init__(self, size, space, action):
         obs = np.zeros(space.shape, space.dtype if space.dtype.itemsize < 4 else np.float32)
         like = obs, action, np.float32(0), obs, np.float32(0)
-        try:
-            self.data = [np.zeros((size, *x.shape), x.dtype) for x in like]
-        except MemoryError as error:
-            raise Refusal(f"--buffer-size {size}: {error}") from error
+        need = size * sum(x.nbytes for x in like)
+        if need > os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"):
+            raise Refusal(f"--buffer-size {size}: {need / 2**30:,.1f} GiB exceed this machine's")
+        self.data = [np.zeros((size, *x.shape), x.dtype) for x in like]
         self.added = 0
 
     def add(self, *transition):
