@@ -42,10 +42,12 @@ Paper: Schulman et al. 2017, Proximal Policy Optimization Algorithms, arXiv 1707
 # /// script
 # requires-python = ">=3.11"
 # dependencies = [
+#     "ale-py==0.12.1",
 #     "gymnasium[classic-control,box2d,mujoco]==1.4.0",
 #     "moviepy==2.2.1",
 #     "mujoco==3.8.1",
 #     "numpy==2.4.6",
+#     "opencv-python-headless==5.0.0.93",
 #     "tensorboard==2.21.0",
 #     "torch==2.13.0",
 #     "tqdm==4.70.1",
@@ -272,8 +274,8 @@ class Torso(nn.Sequential):
 
     def forward(self, x):
         """(..., *shape) to (..., 256)."""
-        image = x.flatten(0, -4).movedim(self.axis, 1) / self.white
-        return super().forward(image).unflatten(0, x.shape[:-3])
+        images = x.reshape(-1, *x.shape[-3:]).movedim(self.axis, 1) / self.white
+        return super().forward(images).view(*x.shape[:-3], -1)
 
 
 def mlp(env, args, outputs, gain):

@@ -243,6 +243,26 @@ class Shifted(Matched):
         return np.array([1000 + self.sign, 0], np.float32)
 
 
+class Pixel(Tiny):
+    """An image of noise; one byte of it, bright or dark, says which action pays 5, the other -5.
+
+    Images differ in the order of axes: (8, 8, 3), (3, 40, 40), bools (10, 10, 10).
+    """
+
+    def __init__(self, shape=(8, 8, 3), kind="uint8"):
+        high = 255 if kind == "uint8" else 1
+        self.observation_space = spaces.Box(0, high, tuple(shape), np.dtype(kind).type)
+
+    def obs(self):
+        space = self.observation_space
+        image = self.np_random.integers(0, space.high.max(), space.shape, endpoint=True)
+        image[2:4, 2:4] = space.high.max() * (self.sign > 0)
+        return image.astype(space.dtype)
+
+    def outcome(self, action):
+        return 5 if (action == 1) == (self.sign > 0) else -5, True, False
+
+
 class Wander(Tiny):
     """Random observations, a reward of 1 or 2 by the action, both kinds of end, 5 steps at most."""
 
@@ -276,5 +296,5 @@ BOXES = (
     Bandit,
     Dimmer,
 )
-for env in (*DISCRETE, *BOXES, Spaces):
+for env in (*DISCRETE, *BOXES, Spaces, Pixel):
     gym.register(f"{env.__name__}-v0", env, disable_env_checker=True, order_enforce=False)

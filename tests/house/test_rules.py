@@ -24,6 +24,7 @@ OWN = {
     "make_policy": "the policy that the algorithm has",
     "Actor": "deterministic in ddpg and td3, a distribution in sac",
     "Policies": "those of cem do not normalise observations",
+    "mlp": "of images the last layer alone, in scripts that learn from them",
 }
 
 # The plumbing is one text. Under torchrun run TORCHRUN; the others lack these of its functions, and
@@ -72,8 +73,12 @@ BUDGET = {
 }
 PLUMBING = {name: (140, 1_750) for name in TORCHRUN}
 HEAD = (75, 450)
+DQN = "dqn", "double_dqn"
 NORM = (20, 280)  # what a normaliser may add to a script whose budget above is without one
 NORMALISED = "cmaes", "dqn", "double_dqn"
+# What images may add to the algorithm, and Atari's wrappers to the plumbing.
+IMAGES = dict.fromkeys(["ppo", "a2c", "a3c"], (25, 350)) | dict.fromkeys(DQN, (45, 600))
+ATARI = (6, 90)
 
 
 def blocks(name):
@@ -280,12 +285,13 @@ def test_every_option_and_definition_is_documented(name):
 
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_budget(name):
-    more = NORM if name in NORMALISED else (0, 0)
-    algorithm = BUDGET[name][0] + more[0], BUDGET[name][1] + more[1]
+    norm, images = NORM if name in NORMALISED else (0, 0), IMAGES.get(name, (0, 0))
+    algorithm = [sum(x) for x in zip(BUDGET[name], norm, images)]
+    plumbing = [sum(x) for x in zip(PLUMBING.get(name, (125, 1_500)), ATARI)]
     parts = {
         "head": (size(name, "Head"), HEAD),
         "algorithm": (size(name, "Equations", "Networks", "Buffer", "Training"), algorithm),
-        "plumbing": (size(name, "Plumbing"), PLUMBING.get(name, (125, 1_500))),
+        "plumbing": (size(name, "Plumbing"), plumbing),
     }
     for part, (has, most) in parts.items():
         assert has[0] <= most[0] and has[1] <= most[1], f"{part}: {has} lines and tokens of {most}"
@@ -309,14 +315,15 @@ def test_the_script_metadata_are_the_requirements(name):
     block = re.search(r"# /// script\n(.*?)# ///\n", SOURCES[name], re.S)[1]
     said = tomllib.loads(re.sub(r"^# ?", "", block, flags=re.M))
     needed = (ROOT / "requirements.txt").read_text().split()
-    assert said["dependencies"] == [line for line in needed if not line.startswith("pytest")]
+    unused = ("pytest",) if name in IMAGES else ("pytest", "ale-py", "opencv")
+    assert said["dependencies"] == [line for line in needed if not line.startswith(unused)]
     assert said["requires-python"] == ">=3.11"
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_imports_only_what_requirements_pin(name):
     pinned = set(re.findall(r"^([\w-]+)", (ROOT / "requirements.txt").read_text(), re.M))
-    pinned -= {"pytest", "moviepy", "mujoco"}  # for tests, and for gymnasium
+    pinned -= {"pytest", "moviepy", "mujoco", "ale-py"}  # for tests, and for gymnasium
     for node in ast.walk(ast.parse(SOURCES[name])):
         if isinstance(node, (ast.Import, ast.ImportFrom)):
             names = [alias.name for alias in node.names]
