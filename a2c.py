@@ -497,7 +497,7 @@ def make_env(args, video=""):
     atari = args.env_id.startswith("ALE/")
     render = {"render_mode": "rgb_array"} if args.capture_video else {}
     try:
-        kwargs = ({"frameskip": 1} if atari else {}) | json.loads(args.env_kwargs)
+        kwargs = {**({"frameskip": 1} if atari else {}), **json.loads(args.env_kwargs)}
         env = gym.make("ale_py:" * atari + args.env_id, **kwargs, **render)
         if atari:  # the last four of every fourth frame, grey, 84 x 84
             env = gym.wrappers.FrameStackObservation(gym.wrappers.AtariPreprocessing(env), 4)

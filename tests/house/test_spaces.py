@@ -61,11 +61,10 @@ def test_spaces(name, tmp_path):
         (spaces.Box(-1, 1, (3,)), spaces.MultiDiscrete([2, 2])),
         (spaces.Box(-1, 1, (3,)), spaces.MultiBinary(2)),
         (spaces.Box(-1, 1, (3,)), spaces.Tuple([spaces.Discrete(2), spaces.Box(-1, 1, (1,))])),
-        (spaces.Box(0, 255, (8, 8, 3), np.uint8), spaces.Discrete(2)),
         (spaces.Sequence(spaces.Discrete(2)), spaces.Discrete(2)),
         (spaces.Dict(a=spaces.Graph(spaces.Discrete(2), None)), spaces.Discrete(2)),
     ],
-    ids=["MultiDiscrete", "MultiBinary", "Tuple", "image", "Sequence", "Graph"],
+    ids=["MultiDiscrete", "MultiBinary", "Tuple", "Sequence", "Graph"],
 )
 def test_unsupported_spaces_are_refused(name, tmp_path, obs, action):
     wrong = obs if isinstance(action, spaces.Discrete) else action
