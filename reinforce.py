@@ -85,8 +85,8 @@ LIMITS = {"gamma": (0, 1), "init_std": (1e-6, 1e6)}  # least and most
 
 @dataclasses.dataclass
 class Args:
-    total_timesteps: int = 100_000  # environment steps, over all environments and processes
-    num_envs: int = 8  # N, trajectories in an update, shared out among torchrun's processes
+    total_timesteps: int = 150_000  # environment steps, over all environments and processes
+    num_envs: int = 16  # N, trajectories in an update, shared out among torchrun's processes
     max_steps: int = 10_000  # T at most; a longer trajectory is cut there as by a time limit
     weight: Literal["to-go", "trajectory"] = "to-go"  # of each log π: G_t, or R(τ) at every t
     baseline: Literal["none", "constant", "time", "state"] = "state"  # b = 0, b, b_t or V_φ(s_t)

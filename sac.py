@@ -84,7 +84,7 @@ LIMITS = {"gamma": (0, 1), "tau": (0, 1)}  # least and most
 
 @dataclasses.dataclass
 class Args:
-    total_timesteps: int = 10_000  # environment steps
+    total_timesteps: int = 15_000  # environment steps
     burn_in: int = 1_000  # steps of random actions before the first update, 1 at least
     alpha: float | None = None  # α, a fixed temperature; None: tuned to an entropy of -action_dim
     gamma: float = 0.99  # γ, the discount

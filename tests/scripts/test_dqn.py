@@ -168,7 +168,7 @@ def test_observations_are_kept_in_their_own_dtype_where_it_is_narrower(dtype):
 
 def test_a_buffer_that_cannot_fit_is_refused():
     status, _, err = command("dqn", "--buffer-size", 10**13)
-    assert status == 2 and "--buffer-size" in err and "allocate" in err.splitlines()[-1]
+    assert status == 2 and "--buffer-size" in err and "GiB" in err.splitlines()[-1]
 
 
 # Loop. Values at time limits: tests/house/test_time_limits.py.
