@@ -31,6 +31,11 @@ Under torchrun, the document's synchronous scheme, the environments are shared o
 are averaged over the real steps of all processes. For k = ∞ an environment that has ended plays on
 until the last one has: these steps are counted, but nothing is learned from them.
 
+Images, Boxes of bytes or bools with three axes, pass through convolutions that policy and critic
+share; a linear layer follows in each. They are not normalised, and rewards are clipped to [-1, 1]
+before they are learned from. An ALE/ id is an Atari game: four grey frames of 84 x 84, one action
+for four frames, and in v5 one action in four repeats the last (sticky actions).
+
 Logged: losses and entropy are those of the latest update.
 
 Paper: Mnih et al. 2016, Asynchronous Methods for Deep Reinforcement Learning, arXiv 1602.01783,

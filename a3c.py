@@ -24,9 +24,14 @@ squared gradients is shared too, as the paper found best. A time limit (truncate
 but not the value: only terminated does.
 
 Beyond the paper: a clip of the gradient's norm, without which some runs on Acrobot never meet the
-goal; ε = 0.1 in RMSprop, as in a2c.py; two hidden layers for each network, which share none;
+goal; ε = 0.1 in RMSprop, as in a2c.py; two hidden layers for each network, shared for images alone;
 orthogonal initial weights. By default k is 32 (5 in the paper) and the entropy bonus is 0 (0.01 in
 the paper).
+
+Images, Boxes of bytes or bools with three axes, pass through convolutions that policy and critic
+share; a linear layer follows in each. They are not normalised, and rewards are clipped to [-1, 1]
+before they are learned from. An ALE/ id is an Atari game: four grey frames of 84 x 84, one action
+for four frames, and in v5 one action in four repeats the last (sticky actions).
 
 The main process is worker 0. Steps are logged of all workers; episodes of worker 0 alone, and the
 losses and the entropy of its latest update. Workers are forked: this runs on Linux and macOS.

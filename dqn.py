@@ -27,10 +27,15 @@ A time limit (truncated) cuts the N steps but not the value: only terminated doe
 
 Beyond the document: a clip of the gradient's norm; a learning rate that falls linearly. Adam takes
 the gradient steps, with ε = 1e-5 (torch's is 1e-8). τ is the document's α; τ = 1 is its hard
-update. The N rewards are not corrected for random actions among them. Unlike the paper we use no
-images, and observations are centred and divided by their running deviation, and clipped to
-[-10, 10]: without it one learning rate does not suit several tasks. The defaults, N = 5 among them
-(the paper's is 1), are for tasks of a hundred thousand steps.
+update. The N rewards are not corrected for random actions among them. Observations are
+centred and divided by their running deviation, and clipped to [-10, 10]: without it one learning
+rate does not suit several tasks. The defaults, N = 5 among them (the paper's is 1), are for tasks
+of a hundred thousand steps.
+
+Images, Boxes of bytes or bools with three axes, pass through convolutions and a linear layer. They
+are not normalised, and rewards are clipped to [-1, 1] before they are learned from. An ALE/ id is
+an Atari game: four grey frames of 84 x 84, one action for four frames, and in v5 one action in four
+repeats the last (sticky actions). 100,000 transitions of Atari take 5.3 GiB: see --buffer-size.
 
 Logged: start_value is max_a Q at the first observations of the latest episodes, start_return the
 discounted return that followed, random actions included.

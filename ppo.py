@@ -36,6 +36,11 @@ but for the learning rate, there 3e-4, and the first σ, there 1: ours carry ove
 Under torchrun the environments are shared out; every process weighs by its real steps, and each
 standardises the advantages of its own.
 
+Images, Boxes of bytes or bools with three axes, pass through convolutions that policy and critic
+share; a linear layer follows in each. They are not normalised, and rewards are clipped to [-1, 1]
+before they are learned from. An ALE/ id is an Atari game: four grey frames of 84 x 84, one action
+for four frames, and in v5 one action in four repeats the last (sticky actions).
+
 Paper: Schulman et al. 2017, Proximal Policy Optimization Algorithms, arXiv 1707.06347.
 """
 
