@@ -100,7 +100,7 @@ class Args:
     utd: float = 0.5  # update-to-data ratio: updates per environment step
     learning_rate: float = 1e-3  # Adam's step size
     anneal_lr: bool = True  # let the learning rate fall linearly, to 0 at --total-timesteps
-    target_every: int = 200  # K, updates of Q between those of the target network
+    target_every: int = 500  # K, updates of Q between those of the target network
     tau: float = 1.0  # τ, share of the learning network in those updates; 1 copies it
     loss: Literal["huber", "squared"] = "huber"  # loss of the TD error
     delta: float = 1.0  # δ, the TD error from which the Huber loss is linear
