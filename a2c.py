@@ -1,4 +1,4 @@
-r"""Advantage Actor-Critic: a critic tells how much better an action was than its state promised.
+r"""Advantage Actor-Critic: make actions likelier that turn out better than a critic's prediction.
 
 Derivations: "How do we learn the state-dependent baseline $V^\pi(s)$?",
 "The Core Actor-Critic Framework", "Advantage Actor-Critic (A2C)",
@@ -7,39 +7,45 @@ Derivations: "How do we learn the state-dependent baseline $V^\pi(s)$?",
 "Gaussian Policy", "Softmax Policy".
 
     1.  Initialise the policy π_θ and the critic V_φ.
-    2.  Let π_θ act for T steps in each of N environments; for k = ∞ one whole episode in each.
-    3.  Advantages A_t = G_t - V_φ(s_t), where G_t is the k-step return: k rewards, then V_φ.
-    4.  L = E[log π_θ(a|s) A] + c_H H(π_θ) - c_V E[(V_φ(s) - G)²]
+    2.  Let π_θ act for T steps in each of N environments, or for one whole episode if k = ∞.
+    3.  Advantages A_t = G_t - V_φ(s_t), with the k-step return
+        G_t = r_t + γ r_{t+1} + ... + γ^{k-1} r_{t+k-1} + γ^k V_φ(s_{t+k}).
+    4.  L = E[log π_θ(a|s) A] + c_H H(π_θ) - c_V E[(V_φ(s) - G)²], with A and G held constant.
     5.  One RMSprop step on θ, φ up the gradient of L; repeat from 2.
 
 Notation: s -> obs -> (T+1, N, obs_dim);  a -> actions -> (T, N) or (T, N, action_dim);
-r_t, A_t -> rewards, advantages -> (T, N);  V_φ -> values -> (T+1, N).  b_... holds the B real steps
-of the rollout, flat: A, G -> b_advantages, b_returns -> (B,);  log π_θ -> logp -> (B,).
+r_t, A_t -> rewards, advantages -> (T, N);  V_φ -> values -> (T+1, N).  The step after the end of an
+episode only resets the environment; all other steps are real.  b_... holds the B real steps of the
+rollout, flat: A, G -> b_advantages, b_returns -> (B,);  log π_θ -> logp -> (B,).
 
-k = 1 is the document's A2C. k = ∞, which is --k-step 0, is its Monte Carlo actor-critic: each
-rollout begins from reset and holds one episode of each environment, cut after 10,000 steps. For any
-other k no return reaches beyond the rollout, as in the paper: that of step t has min(k, T - t)
-rewards. A time limit (truncated) ends the rewards but not the value: only terminated does.
+k = 1 is the document's A2C. k = ∞, set by --k-step 0, is its Monte Carlo actor-critic: each rollout
+begins from reset and holds one episode of each environment, cut after 10,000 steps. For any other k
+no return reaches beyond the rollout, as in the paper: G_t has at most min(k, T - t) rewards. A
+return stops where its episode ends. After a time limit (truncated) V_φ of the last state stands for
+the rewards that would have followed; after termination nothing follows.
 
 Beyond the document: an entropy bonus; one clip of the gradient's norm and one optimiser for both
 networks; a learning rate that falls linearly; orthogonal initial weights. σ is learned, one for
-each action dimension; the environment gets actions clipped to its bounds, the policy's density does
-not know them. RMSprop has ε = 0.1 (torch's is 1e-8), as is usual for A3C: where V_φ has been exact
-for long, its mean of squared gradients fades, and with a small ε the next failure would move all
-weights far. By default k is 32 (5 in the paper) and the entropy bonus is 0 (0.01 in the paper).
-Under torchrun, the document's synchronous scheme, the environments are shared out, and gradients
-are averaged over the real steps of all processes. For k = ∞ an environment that has ended plays on
-until the last one has: these steps are counted, but nothing is learned from them.
+each action dimension. The environment gets actions clipped to its bounds, but log π_θ is that of
+the action before it was clipped. RMSprop divides a gradient by the root of its mean square, plus ε.
+Here ε is 0.1 (torch's is 1e-8), as is usual for A3C: while V_φ is accurate, gradients and their
+mean square shrink, and with a small ε the next failure would change all weights by a large step.
+Defaults that differ from the paper's carry over to more tasks: k is 32 (5 in the paper), the
+entropy bonus 0 (0.01 in the paper).
+Under torchrun, the document's synchronous scheme, each process gets an equal part of the
+environments, and gradients are averaged over the real steps of all processes. For k = ∞ an
+environment whose episode has ended plays on until all episodes have ended. Those extra steps count
+towards --total-timesteps, but nothing is learned from them.
 
 Images, Boxes of bytes or bools with three axes, pass through convolutions that policy and critic
 share; a linear layer follows in each. They are not normalised, and rewards are clipped to [-1, 1]
 before they are learned from. An ALE/ id is an Atari game: four grey frames of 84 x 84, one action
 for four frames, and in v5 one action in four repeats the last (sticky actions).
 
-Logged: losses and entropy are those of the latest update.
+Logged: the losses and the entropy of the latest update.
 
-Paper: Mnih et al. 2016, Asynchronous Methods for Deep Reinforcement Learning, arXiv 1602.01783,
-of whose A3C this is the synchronous variant.
+Paper: Mnih et al. 2016, Asynchronous Methods for Deep Reinforcement Learning, arXiv 1602.01783.
+A2C is the synchronous variant of its A3C.
 """
 
 # /// script
@@ -85,6 +91,7 @@ SCRIPT = "a2c"
 LOG_EVERY = 1_000  # environment steps
 ACTION_SPACES = gym.spaces.Discrete, gym.spaces.Box
 IMAGES = True  # whether observations may be images
+# Least and most. In a rollout of 1 step all environments could be resetting, with none to learn from.
 LIMITS = {"gamma": (0, 1), "num_steps": (2, 1e18), "k_step": (0, 1e18), "init_std": (1e-6, 1e6)}
 
 
@@ -92,34 +99,33 @@ LIMITS = {"gamma": (0, 1), "num_steps": (2, 1e18), "k_step": (0, 1e18), "init_st
 class Args:
     total_timesteps: int = 200_000  # environment steps, over all environments and processes
     num_envs: int = 8  # N, environments, shared out among torchrun's processes
-    num_steps: int = 32  # T, steps of each environment between updates, unless k = ∞
-    k_step: int = 32  # k, rewards in a return before the value; 0: k = ∞, whole episodes
-    gamma: float = 0.99  # γ, the discount
+    num_steps: int = 32  # T, steps of each environment between updates; not used if --k-step is 0
+    k_step: int = 32  # k, rewards in a return before the critic's value; 0: whole episodes
+    gamma: float = 0.99  # γ, the discount factor
     learning_rate: float = 7e-3  # RMSprop's step size
-    anneal_lr: bool = True  # let the learning rate fall linearly, to 0 at --total-timesteps
+    anneal_lr: bool = True  # decrease the learning rate linearly, to 0 at --total-timesteps
     entropy_coef: float = 0.0  # c_H, weight of the entropy bonus
     value_coef: float = 0.5  # c_V, weight of the value loss
-    max_grad_norm: float = 5.0  # clip the gradient's norm to this; 0: no clip
-    clip_rewards: bool = True  # clip rewards to [-1, 1] where observations are images
-    init_std: float = 1.0  # σ of the Gaussian policy at first; 1 is half a bounded action's range
+    max_grad_norm: float = 5.0  # clip the gradient's norm to this; 0: do not clip
+    clip_rewards: bool = True  # if observations are images, clip rewards to [-1, 1] for learning
+    init_std: float = 1.0  # initial σ of a Gaussian policy; 1 is half the range of an action
     hidden: int = 64  # units in each of the two hidden layers
 
-    env_id: str = "CartPole-v1"  # gymnasium id; module:Name-v0 imports module first
-    env_kwargs: str = "{}"  # arguments of the environment, as a JSON object
-    seed: int = 1  # same seed, same machine: same weights, bit for bit
-    device: Literal["cpu", "cuda"] = "cpu"  # where the networks compute; not kept by --resume
-    run_dir: str = ""  # where to write; default runs/<env-id>__<script>__<seed>__<time>
-    eval_episodes: int = 20  # greedy episodes of an evaluation, each cut after 100,000 steps
-    eval_every: int = 0  # steps between evaluations; 0: only at the end
-    capture_video: bool = False  # record the episodes of evaluations to <run-dir>/videos
-    checkpoint_every: int = 60  # seconds between checkpoints; 0: only when the run ends
-    resume: str = ""  # checkpoint to go on from; options left out are the checkpoint's
+    env_id: str = "CartPole-v1"  # gymnasium id of the environment; module:Name-v0 imports module
+    env_kwargs: str = "{}"  # arguments for the environment, as a JSON object
+    seed: int = 1  # random seed; the same one gives the same weights on the same machine
+    device: Literal["cpu", "cuda"] = "cpu"  # where networks compute; checkpoints do not keep it
+    run_dir: str = ""  # directory to write to; runs/<env-id>__<script>__<seed>__<time> if empty
+    eval_episodes: int = 20  # greedy episodes in an evaluation, each of at most 100,000 steps
+    eval_every: int = 0  # environment steps between evaluations; 0: evaluate only at the end
+    capture_video: bool = False  # record the evaluations as videos in <run-dir>/videos
+    checkpoint_every: int = 60  # seconds between checkpoints; 0: save only when the run ends
+    resume: str = ""  # checkpoint to continue from; it also gives the options left out
 
     def __post_init__(self):
-        """Refuse an option of another type, choice or range; numpy's numbers become plain ones."""
+        """Refuse values of the wrong type or out of range; turn numpy numbers into Python's."""
         for name, value in vars(self).items():
-            kind = Args.__annotations__[name]
-            kinds = get_args(kind) or [kind]  # choices, or types
+            kinds = get_args(kind := Args.__annotations__[name]) or [kind]  # choices, or types
             value = getattr(value, "item", lambda: value)()
             value = float(value) if float in kinds and type(value) is int else value
             setattr(self, name, value)
@@ -128,7 +134,8 @@ class Args:
             fits = value in kinds or type(value) in kinds
             if not fits or type(value) in (int, float) and not low <= value <= high:
                 raise Refusal(
-                    f"--{name.replace('_', '-')} {value} is not one of {kinds} from {low} to {high}"
+                    f"--{name.replace('_', '-')} {value}: it must be "
+                    f"{' or '.join(getattr(x, '__name__', x) for x in kinds)} from {low} to {high}"
                 )
         if self.device == "cuda" and not torch.cuda.is_available():
             raise Refusal("--device cuda: no GPU is available")
@@ -224,7 +231,7 @@ class Torso(nn.Sequential):
         super().__init__(*layers, nn.Flatten(), nn.LazyLinear(256), relu)
         self.axis = 1 if space.shape[0] < space.shape[2] else 3  # of the channels, in a batch
         self.white = float(space.high.max())
-        self(torch.zeros(1, *space.shape))  # the lazy layers take their sizes from it
+        self(torch.zeros(1, *space.shape))  # the lazy layers learn their sizes from it
 
     def forward(self, x):
         """(..., *shape) to (..., 256)."""
@@ -250,10 +257,10 @@ def mlp(env, args, outputs, gain):
 
 
 def in_numpy(net):
-    """net as a function of arrays, which for few rows takes a fraction of torch's time.
+    """Turn net into a function of numpy arrays, much faster than torch for a few rows.
 
-    It goes layer by layer. A layer it does not know, or a net with its own forward, runs in torch.
-    On the CPU it follows the weights as they change; of a GPU's it holds a copy.
+    It translates layer by layer; an unknown layer, or a net with its own forward, runs in torch.
+    The function sees later changes of weights on the CPU; of weights on a GPU it holds a copy.
     """
     if type(net) is nn.Tanh:
         return np.tanh
@@ -270,9 +277,9 @@ def in_numpy(net):
 
 
 def box_actions(space):
-    """A function from actions (n, d) in [-1, 1] to those of the Box space, (n, *shape).
+    """A function that scales actions (n, d) in [-1, 1] to the Box space, (n, *shape).
 
-    Dimensions without bounds are left as they are; of integers every level gets an equal part.
+    Dimensions without bounds are not scaled. All levels of an integer get equal parts of [-1, 1].
     """
     low, high = space.low.astype(np.float64), space.high.astype(np.float64)
     bounded = (low > -1e9) & (high < 1e9)
@@ -303,7 +310,7 @@ class SoftmaxPolicy(nn.Sequential):
         return (logits + rng.gumbel(size=logits.shape)).argmax(-1)
 
     def to_env(self, action):
-        """What the environment takes for action, (...)."""
+        """The environment's number for action, (...): its numbers may start above 0."""
         return action + self.start
 
     def act(self, obs):
@@ -379,24 +386,24 @@ def train(args: Args) -> np.ndarray:
         )
         stack.callback(torch.set_num_threads, torch.get_num_threads())
         if not image and args.hidden * N * args.num_steps < 2**16:
-            torch.set_num_threads(1)  # layers this small lose more to threads than they gain
+            torch.set_num_threads(1)  # threads slow down layers this small
 
         # obs[t + 1] is the true successor of obs[t], also where an episode ended. The step after an
         # end is the reset step: its action was ignored, its reward is 0, and real is False there.
-        # For k = ∞ it stays False until the episodes of all environments have ended.
+        # For k = ∞ real stays False from the end of an episode to the end of the rollout.
         obs_type = env.observation_space.dtype if image else np.float32
         obs = np.zeros((T + 1, *envs.observation_space.shape), obs_type)  # (T+1, N, obs_dim)
         rewards = np.zeros((T, N), np.float32)
         terminated, truncated = np.zeros((2, T, N), bool)
         real = np.ones((T + 1, N), bool)
-        episode = np.zeros((2, N))  # return and length so far
+        episode = np.zeros((2, N))  # return and length of each running episode
         obs[T], _ = envs.reset(seed=random.getrandbits(29))
 
         while run.step < args.total_timesteps:
             remaining = 1 - run.step / args.total_timesteps if args.anneal_lr else 1
             optimizer.param_groups[0]["lr"] = args.learning_rate * remaining
 
-            # 2. Act. Nothing is computed but what the next action needs.
+            # 2. Act. Values and log π_θ follow later, for the whole rollout at once.
             obs[0], real[0] = obs[T], real[T]
             if whole:
                 obs[0], _ = envs.reset()
@@ -404,7 +411,7 @@ def train(args: Args) -> np.ndarray:
             pi, actions, steps, ended = in_numpy(policy), [], 0, ~real[0]
             for t in range(T):
                 actions.append(policy.sample(pi(obs[t]), run.rng))  # (N,) or (N, action_dim)
-                steps += N - ended.sum()  # a reset step simulates nothing
+                steps += N - ended.sum()  # reset steps are not counted
                 outcome = envs.step(policy.to_env(actions[t]))
                 obs[t + 1], rewards[t], terminated[t], truncated[t], _ = outcome
                 ended = terminated[t] | truncated[t]
@@ -430,7 +437,7 @@ def train(args: Args) -> np.ndarray:
             total, steps = all_sum(torch.tensor([len(b_obs), steps])).tolist()
             share = len(b_obs) / total  # the weight of this process
 
-            # 4. Loss.
+            # 4. Loss, which is -L.
             output = policy(b_obs)
             pg_loss = policy_gradient_loss(policy.log_prob(output, b_actions), b_advantages)
             v_loss = value_loss(critic(b_obs).squeeze(-1), b_returns)
@@ -454,11 +461,11 @@ def train(args: Args) -> np.ndarray:
 
 
 class Refusal(Exception):
-    """What the script will not do or go on with, in one line for its user."""
+    """Something that the script refuses to do; the command line prints it in one line."""
 
 
 def start_processes(stack, device):
-    """Rank and number of torchrun's processes, 0 and 1 without it, and the device of this one."""
+    """Rank, number of processes and own device; 0, 1 and device where torchrun does not run."""
     if not dist.is_torchelastic_launched():
         return 0, 1, device
     if not dist.is_initialized():
@@ -469,7 +476,7 @@ def start_processes(stack, device):
 
 
 def all_sum(*tensors, weight=1):
-    """Sum each tensor, times weight, over torchrun's processes, in place; returns the first."""
+    """Sum weight times each tensor over torchrun's processes, in place; return the first."""
     if dist.is_torchelastic_launched():
         dist.all_reduce(vector := weight * nn.utils.parameters_to_vector(tensors))
         nn.utils.vector_to_parameters(vector, tensors)
@@ -477,7 +484,7 @@ def all_sum(*tensors, weight=1):
 
 
 def make_envs(args, n):
-    """n copies of the environment as one: gymnasium's own vector version where there is one."""
+    """A vector environment of n copies, gymnasium's own vectorised version if it has one."""
     envs = gym.make_vec(args.env_id, n, **json.loads(args.env_kwargs))
     if (mode := envs.metadata.get("autoreset_mode")) != gym.vector.AutoresetMode.NEXT_STEP:
         raise Refusal(f"{args.env_id} resets its episodes by {mode}; {SCRIPT}.py needs NEXT_STEP")
@@ -486,7 +493,7 @@ def make_envs(args, n):
 
 
 def check_finite(what, x):
-    """Refuse to go on where a number in x, a nest of numbers and arrays, is not finite."""
+    """Refuse to continue if x, numbers and arrays in any nest, is not finite throughout."""
     for part in x.values() if isinstance(x, dict) else x if isinstance(x, (list, tuple)) else ():
         check_finite(what, part)
     if isinstance(x, (float, np.ndarray, Tensor)) and not math.isfinite(torch.as_tensor(x).sum()):
@@ -494,9 +501,9 @@ def check_finite(what, x):
 
 
 def make_env(args, video=""):
-    """The environment with flat observations, or images as they are: of Atari as DQN saw them.
+    """Make the environment, with flat observations or with images, Atari's as DQN saw them.
 
-    With --capture-video it records to folder video.
+    With --capture-video it records its episodes to the folder video, if one is given.
     """
     mistakes = gym.error.Error, ModuleNotFoundError, TypeError, ValueError
     atari = args.env_id.startswith("ALE/")
@@ -504,15 +511,15 @@ def make_env(args, video=""):
     try:
         kwargs = {**({"frameskip": 1} if atari else {}), **json.loads(args.env_kwargs)}
         env = gym.make("ale_py:" * atari + args.env_id, **kwargs, **render)
-        if atari:  # the last four of every fourth frame, grey, 84 x 84
+        if atari:  # 84 x 84, grey, every fourth frame, the last four of them
             env = gym.wrappers.FrameStackObservation(gym.wrappers.AtariPreprocessing(env), 4)
-        if args.capture_video:  # find out now whether it can draw itself
+        if args.capture_video:  # fail now, not after training, if it cannot render
             env.reset()
             env.render()
     except Exception if args.capture_video else mistakes as error:
         raise Refusal(f"{args.env_id} {args.env_kwargs}: {type(error).__name__} {error}") from error
     space = env.observation_space
-    image = re.search(r"\(\d+, \d+, \d+\), (uint8|bool)\)", str(space))  # space, or in a Dict
+    image = re.search(r"\(\d+, \d+, \d+\), (uint8|bool)\)", str(space))  # itself or inside
     known = IMAGES and isinstance(space, gym.spaces.Box) if image else space.is_np_flattenable
     if not known or not isinstance(env.action_space, ACTION_SPACES):
         raise Refusal(f"{SCRIPT}.py cannot learn {args.env_id}, {space} to {env.action_space}")
@@ -521,25 +528,25 @@ def make_env(args, video=""):
 
 
 def load(path, learner):
-    """The options and steps of the checkpoint at path, whose other parts go into learner."""
-    here = {"run_dir": "", "resume": "", "device": "cpu"}  # of this run and machine, not of that
+    """Load the checkpoint at path into learner; return its options and number of steps."""
+    here = {"run_dir": "", "resume": "", "device": "cpu"}  # these are this run's own
     try:
         checkpoint = torch.load(path, "cpu", weights_only=True, mmap=True)
         if checkpoint["script"] != SCRIPT:
-            raise Refusal(f"it is of {checkpoint['script']}.py")
+            raise Refusal(f"it was written by {checkpoint['script']}.py")
         for name, part in learner.items():
             part.load_state_dict(checkpoint[name])
         return Args(**checkpoint["args"] | here), checkpoint["env_steps"]
     except Exception as error:
-        why = error if isinstance(error, (OSError, Refusal)) else "damaged, or of other options"
+        why = error if isinstance(error, (OSError, Refusal)) else "damaged, or it has other options"
         raise Refusal(f"cannot resume from {path}: {why}") from error
 
 
 class Run(AbstractContextManager):
-    """A run: its directory, generators, log, evaluations and checkpoints.
+    """A run: its directory, random generators, log, evaluations and checkpoints.
 
-    `episodes`: (return, length) of the latest that ended; `learner`: all that a checkpoint keeps.
-    On an exception, Ctrl-C and SIGTERM too, it saves before it leaves; on a Refusal it does not.
+    `episodes` holds (return, length) of the last 100 episodes, `learner` what a checkpoint saves.
+    On an exception, also Ctrl-C and SIGTERM, the run is saved before it ends; on a Refusal not.
     """
 
     def __init__(self, args, rank=0, **learner):
@@ -567,16 +574,16 @@ class Run(AbstractContextManager):
         self.writer.close()
         if error and not isinstance(error, Refusal):
             self.save()
-            print(f"saved: --resume {self.dir}/checkpoint.pt goes on", file=sys.stderr)
+            print(f"saved: --resume {self.dir}/checkpoint.pt continues it", file=sys.stderr)
 
     def seed(self):
-        """Key all generators by (seed, step, rank), so that they are the same after a resume."""
+        """Seed all generators from (seed, step, rank): a resumed run draws the same numbers."""
         self.rng = np.random.default_rng([self.args.seed, self.step, self.rank + 1])
         for set_seed in random.seed, np.random.seed, torch.manual_seed:
             set_seed(int(self.rng.integers(2**32)))
 
     def log(self, **losses):
-        """Write to the log; evaluate and save where it is time to; key the generators anew."""
+        """Write to the log; evaluate and save when due; seed the generators for the next steps."""
         scalars = {f"losses/{name}": torch.as_tensor(x).item() for name, x in losses.items()}
         check_finite(f"{scalars} at step {self.step}", scalars)
         scalars["charts/SPS"] = (self.step - self.bar.initial) / self.bar.format_dict["elapsed"]
@@ -594,7 +601,7 @@ class Run(AbstractContextManager):
         self.seed()
 
     def save(self):
-        """Write the checkpoint aside, then put it in the place of the last one."""
+        """Write the checkpoint to a temporary file, then replace the last checkpoint by it."""
         began = time.time()
         checkpoint = {name: part.state_dict() for name, part in self.learner.items()}
         check_finite("weights or data", checkpoint)
@@ -609,9 +616,9 @@ class Run(AbstractContextManager):
         self.next_save = time.time() + max(self.args.checkpoint_every, 10 * (time.time() - began))
 
     def evaluate(self):
-        """Returns, not discounted, of episodes on seeds that training never sees, and their line.
+        """Play episodes on seeds that training never uses; print and return their returns.
 
-        An episode that has not ended after 100,000 steps is cut there.
+        Returns are not discounted. An episode is cut after 100,000 steps.
         """
         args, returns = self.args, np.zeros(self.args.eval_episodes)
         with make_env(args, f"{self.dir}/videos/{self.step}") as env:
@@ -631,12 +638,12 @@ class Run(AbstractContextManager):
 
 if __name__ == "__main__":
     for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        if signal.getsignal(n) != signal.SIG_IGN:  # nohup ignores SIGHUP
-            # The run saves on its way out; a second signal of the kind ends it at once.
+        if signal.getsignal(n) != signal.SIG_IGN:  # as SIGHUP is under nohup
+            # The run saves before it ends; a second signal of the same kind ends it at once.
             signal.signal(n, lambda n, _: (signal.signal(n, signal.SIG_DFL), sys.exit(128 + n)))
     try:
-        args = tyro.cli(Args, description=__doc__.splitlines()[0])
-        if args.resume:  # what the command line leaves out is as in the checkpoint
+        args = tyro.cli(Args, description=f"{__doc__.splitlines()[0]} Run options follow --env-id.")
+        if args.resume:  # options not given come from the checkpoint
             args = tyro.cli(Args, default=load(args.resume, {})[0])
         train(args)
     except Refusal as error:

@@ -1,40 +1,47 @@
-"""Asynchronous Advantage Actor-Critic: workers that act and learn alone, on shared parameters.
+"""Asynchronous Advantage Actor-Critic: parallel workers update shared parameters without waiting.
 
 Derivations: "Asynchronous Deep RL for On-Policy Learning", "The Core Problem",
 "The Asynchronous Solution: Parallel Experience Collection",
 "Asynchronous Advantage Actor-Critic (A3C)", "Advantage Actor-Critic (A2C)",
 "The Core Actor-Critic Framework"; of earlier sections "Gaussian Policy", "Softmax Policy".
 
-    1.  Initialise the shared parameters θ of the policy π and φ of the critic V.
-    Each worker, until all have taken the total of steps together:
-    2.  Copy θ, φ to θ', φ'.
-    3.  Let π_θ' act for k steps, or up to the end of the episode.
-    4.  Advantages A_t = G_t - V_φ'(s_t), G_t all rewards of this rollout from t on, then V_φ'.
-    5.  L = Σ_t [log π_θ'(a_t|s_t) A_t + c_H H(π_θ') - c_V (V_φ'(s_t) - G_t)²] / k
-    6.  One RMSprop step on the shared θ, φ up the gradient of L in θ', φ', without waiting.
+    1.  Initialise the shared parameters: θ of the policy π and φ of the critic V.
+    Each worker repeats 2 to 6 until all workers together have taken --total-timesteps steps:
+    2.  Copy θ, φ to the worker's own θ', φ'.
+    3.  Let π_θ' act for T steps: k, or fewer if the episode ends.
+    4.  Advantages A_t = G_t - V_φ'(s_t), with the return
+        G_t = r_t + γ r_{t+1} + ... + γ^{T-1-t} r_{T-1} + γ^{T-t} V_φ'(s_T).
+    5.  L = Σ_t [log π_θ'(a_t|s_t) A_t + c_H H(π_θ') - c_V (V_φ'(s_t) - G_t)²] / k,
+        with A_t and G_t held constant.
+    6.  One RMSprop step on the shared θ, φ up the gradient of L with respect to θ', φ'.
 
-Notation: T ≤ k is the number of steps taken.  s -> obs -> (k+1, obs_dim);  r_t -> rewards -> (k,);
+Notation: in each rollout t counts from 0.  s -> obs -> (k+1, obs_dim);  r_t -> rewards -> (k,);
 a -> actions -> (T,) or (T, action_dim);  A_t, G_t -> advantages, returns -> (T,);  V_φ' -> values
 -> (T+1,);  log π_θ' -> logp -> (T,).  θ', φ' -> theta;  θ, φ -> shared_theta, lists of tensors.
 
-Nothing is locked: two workers may write at once, and one may learn from what the other has already
-outdated, so only one worker alone is reproducible. Each worker counts its own steps, and all stop
-once the sum reaches the total, so a few more than that may be taken. The optimiser's mean of
-squared gradients is shared too, as the paper found best. A time limit (truncated) ends the rollout
-but not the value: only terminated does.
+There are no locks. Two workers may write at once, and a worker may learn from parameters that
+another has changed in the meantime, so only a run with --workers 1 is reproducible. Each worker
+counts its own steps, and all stop once the sum reaches the total. The run may exceed it by up to k
+steps for each worker. The optimiser's mean of squared gradients is shared too, which the paper
+found more robust. A return stops where its episode ends. After a time limit (truncated) V_φ' of the
+last state stands for the rewards that would have followed; after termination nothing follows.
 
-Beyond the paper: a clip of the gradient's norm, without which some runs on Acrobot never meet the
-goal; ε = 0.1 in RMSprop, as in a2c.py; two hidden layers for each network, shared for images alone;
-orthogonal initial weights. By default k is 32 (5 in the paper) and the entropy bonus is 0 (0.01 in
-the paper).
+Beyond the paper: a clip of the gradient's norm, without which some runs on Acrobot never reach the
+goal; L divided by k; a weight c_V; ε = 0.1 in RMSprop, for the reason given in a2c.py; networks of
+two hidden layers, which share layers only for images; orthogonal initial weights. σ is learned, one
+for each action dimension; in the paper it depends on the state. The environment gets actions
+clipped to its bounds, but log π_θ' is that of the action before it was clipped. Defaults that
+differ from the paper's carry over to more tasks: k is 32 (5 in the paper), the entropy bonus 0
+(0.01 in the paper). Two workers (16 in the paper) suit a machine of few cores.
 
 Images, Boxes of bytes or bools with three axes, pass through convolutions that policy and critic
 share; a linear layer follows in each. They are not normalised, and rewards are clipped to [-1, 1]
 before they are learned from. An ALE/ id is an Atari game: four grey frames of 84 x 84, one action
 for four frames, and in v5 one action in four repeats the last (sticky actions).
 
-The main process is worker 0. Steps are logged of all workers; episodes of worker 0 alone, and the
-losses and the entropy of its latest update. Workers are forked: this runs on Linux and macOS.
+Logged: the steps of all workers; the episodes of worker 0 alone, which is the main process, and the
+losses and the entropy of its latest update. Workers are started by fork, which Linux and macOS have
+but Windows has not.
 
 Paper: Mnih et al. 2016, Asynchronous Methods for Deep Reinforcement Learning, arXiv 1602.01783,
 algorithm S3.
@@ -88,35 +95,34 @@ LIMITS = {"gamma": (0, 1), "init_std": (1e-6, 1e6)}  # least and most
 
 @dataclasses.dataclass
 class Args:
-    total_timesteps: int = 200_000  # environment steps, over all workers
-    workers: int = 2  # processes, each with an environment of its own
-    k_step: int = 32  # k, steps at most of a worker between its updates
-    gamma: float = 0.99  # γ, the discount
+    total_timesteps: int = 200_000  # environment steps of all workers together
+    workers: int = 2  # number of processes, each with its own environment
+    k_step: int = 32  # k, the most steps that a worker takes between its updates
+    gamma: float = 0.99  # γ, the discount factor
     learning_rate: float = 7e-3  # RMSprop's step size
-    anneal_lr: bool = True  # let the learning rate fall linearly, to 0 at --total-timesteps
+    anneal_lr: bool = True  # decrease the learning rate linearly, to 0 at --total-timesteps
     entropy_coef: float = 0.0  # c_H, weight of the entropy bonus
     value_coef: float = 0.5  # c_V, weight of the value loss
-    max_grad_norm: float = 5.0  # clip the gradient's norm to this; 0: no clip
-    clip_rewards: bool = True  # clip rewards to [-1, 1] where observations are images
-    init_std: float = 1.0  # σ of the Gaussian policy at first; 1 is half a bounded action's range
+    max_grad_norm: float = 5.0  # clip the gradient's norm to this; 0: do not clip
+    clip_rewards: bool = True  # if observations are images, clip rewards to [-1, 1] for learning
+    init_std: float = 1.0  # initial σ of a Gaussian policy; 1 is half the range of an action
     hidden: int = 64  # units in each of the two hidden layers
 
-    env_id: str = "CartPole-v1"  # gymnasium id; module:Name-v0 imports module first
-    env_kwargs: str = "{}"  # arguments of the environment, as a JSON object
-    seed: int = 1  # same seed, same machine: same weights, bit for bit
+    env_id: str = "CartPole-v1"  # gymnasium id of the environment; module:Name-v0 imports module
+    env_kwargs: str = "{}"  # arguments for the environment, as a JSON object
+    seed: int = 1  # random seed; the same one gives the same weights on the same machine
     device: Literal["cpu"] = "cpu"  # the workers share the memory of the CPU
-    run_dir: str = ""  # where to write; default runs/<env-id>__<script>__<seed>__<time>
-    eval_episodes: int = 20  # greedy episodes of an evaluation, each cut after 100,000 steps
-    eval_every: int = 0  # steps between evaluations; 0: only at the end
-    capture_video: bool = False  # record the episodes of evaluations to <run-dir>/videos
-    checkpoint_every: int = 60  # seconds between checkpoints; 0: only when the run ends
-    resume: str = ""  # checkpoint to go on from; options left out are the checkpoint's
+    run_dir: str = ""  # directory to write to; runs/<env-id>__<script>__<seed>__<time> if empty
+    eval_episodes: int = 20  # greedy episodes in an evaluation, each of at most 100,000 steps
+    eval_every: int = 0  # environment steps between evaluations; 0: evaluate only at the end
+    capture_video: bool = False  # record the evaluations as videos in <run-dir>/videos
+    checkpoint_every: int = 60  # seconds between checkpoints; 0: save only when the run ends
+    resume: str = ""  # checkpoint to continue from; it also gives the options left out
 
     def __post_init__(self):
-        """Refuse an option of another type, choice or range; numpy's numbers become plain ones."""
+        """Refuse values of the wrong type or out of range; turn numpy numbers into Python's."""
         for name, value in vars(self).items():
-            kind = Args.__annotations__[name]
-            kinds = get_args(kind) or [kind]  # choices, or types
+            kinds = get_args(kind := Args.__annotations__[name]) or [kind]  # choices, or types
             value = getattr(value, "item", lambda: value)()
             value = float(value) if float in kinds and type(value) is int else value
             setattr(self, name, value)
@@ -125,7 +131,8 @@ class Args:
             fits = value in kinds or type(value) in kinds
             if not fits or type(value) in (int, float) and not low <= value <= high:
                 raise Refusal(
-                    f"--{name.replace('_', '-')} {value} is not one of {kinds} from {low} to {high}"
+                    f"--{name.replace('_', '-')} {value}: it must be "
+                    f"{' or '.join(getattr(x, '__name__', x) for x in kinds)} from {low} to {high}"
                 )
         if self.device == "cuda" and not torch.cuda.is_available():
             raise Refusal("--device cuda: no GPU is available")
@@ -223,7 +230,7 @@ class Torso(nn.Sequential):
         super().__init__(*layers, nn.Flatten(), nn.LazyLinear(256), relu)
         self.axis = 1 if space.shape[0] < space.shape[2] else 3  # of the channels, in a batch
         self.white = float(space.high.max())
-        self(torch.zeros(1, *space.shape))  # the lazy layers take their sizes from it
+        self(torch.zeros(1, *space.shape))  # the lazy layers learn their sizes from it
 
     def forward(self, x):
         """(..., *shape) to (..., 256)."""
@@ -249,10 +256,10 @@ def mlp(env, args, outputs, gain):
 
 
 def in_numpy(net):
-    """net as a function of arrays, which for few rows takes a fraction of torch's time.
+    """Turn net into a function of numpy arrays, much faster than torch for a few rows.
 
-    It goes layer by layer. A layer it does not know, or a net with its own forward, runs in torch.
-    On the CPU it follows the weights as they change; of a GPU's it holds a copy.
+    It translates layer by layer; an unknown layer, or a net with its own forward, runs in torch.
+    The function sees later changes of weights on the CPU; of weights on a GPU it holds a copy.
     """
     if type(net) is nn.Tanh:
         return np.tanh
@@ -269,9 +276,9 @@ def in_numpy(net):
 
 
 def box_actions(space):
-    """A function from actions (n, d) in [-1, 1] to those of the Box space, (n, *shape).
+    """A function that scales actions (n, d) in [-1, 1] to the Box space, (n, *shape).
 
-    Dimensions without bounds are left as they are; of integers every level gets an equal part.
+    Dimensions without bounds are not scaled. All levels of an integer get equal parts of [-1, 1].
     """
     low, high = space.low.astype(np.float64), space.high.astype(np.float64)
     bounded = (low > -1e9) & (high < 1e9)
@@ -302,7 +309,7 @@ class SoftmaxPolicy(nn.Sequential):
         return (logits + rng.gumbel(size=logits.shape)).argmax(-1)
 
     def to_env(self, action):
-        """What the environment takes for action, (...)."""
+        """The environment's number for action, (...): its numbers may start above 0."""
         return action + self.start
 
     def act(self, obs):
@@ -357,7 +364,7 @@ def train(args: Args) -> np.ndarray:
     """Run the algorithm above; return the episode returns of the final evaluation."""
     k = args.k_step
     with ExitStack() as stack:
-        # 1. Initialise. The networks hold θ', φ': each process has its own copy of them.
+        # 1. Initialise. The networks hold θ', φ', of which each worker has its own copy.
         stack.callback(torch.set_num_threads, torch.get_num_threads())
         torch.set_num_threads(1)  # a worker is one thread
         torch.manual_seed(args.seed)
@@ -367,30 +374,33 @@ def train(args: Args) -> np.ndarray:
         shared = [policy[0]] if image else []  # the same for both networks
         critic = nn.Sequential(*shared, *mlp(env, args, 1, gain=1.0))
         theta = [*nn.ModuleList([policy, critic]).parameters()]
-        own = [x.detach() for x in theta]  # the same memory
+        own = [x.detach() for x in theta]  # in the same memory, without gradients
         shared_theta = [x.clone().share_memory_() for x in own]
         optimizer = torch.optim.RMSprop(shared_theta, eps=0.1, foreach=True)
         for x in shared_theta:
             x.grad = torch.zeros_like(x)
-        optimizer.step()  # moves nothing, but makes the means of squared gradients, which are 0
+        optimizer.step()  # gradients are 0: it only creates the means of squared gradients
         run = stack.enter_context(Run(args, policy=policy, critic=critic, optimizer=optimizer))
-        torch._foreach_copy_(shared_theta, own)  # a checkpoint's
+        torch._foreach_copy_(shared_theta, own)  # Run may have loaded a checkpoint
         for state in optimizer.state.values():
             state["square_avg"].share_memory_()
-        steps = torch.zeros(args.workers, dtype=torch.int64).share_memory_()  # of each worker
-        steps[0] = run.step  # what the checkpoint had taken
+        steps = torch.zeros(args.workers, dtype=torch.int64).share_memory_()  # taken by each worker
+        steps[0] = run.step  # those before the checkpoint, else 0
         main = os.getpid()
 
         def work(worker):
-            """One worker; number 0 is the main process. Returns the losses of its last update."""
+            """Act and learn as one worker; return the losses of its last update.
+
+            Worker 0 is the main process. The others stop when it no longer exists.
+            """
             run.rank = worker
-            run.seed()  # each worker draws from a stream of its own
+            run.seed()  # each worker has its own random numbers
             scalars = {}
             obs_type = env.observation_space.dtype if image else np.float32
             obs = np.zeros((k + 1, *env.observation_space.shape), obs_type)  # (k+1, obs_dim)
             rewards = np.zeros(k, np.float32)
             terminated, truncated = np.zeros((2, k), bool)
-            episode = []  # rewards so far
+            episode = []  # rewards of the running episode
             obs[0], _ = env.reset(seed=random.getrandbits(29))
             pi = in_numpy(policy)
             while run.step < args.total_timesteps and (worker == 0 or os.getppid() == main):
@@ -401,7 +411,7 @@ def train(args: Args) -> np.ndarray:
                 torch._foreach_copy_(own, shared_theta)
                 if worker == 0 and run.step >= run.bar.n + LOG_EVERY:
                     run.log(**scalars)
-                    others.join(timeout=0)  # raises what another worker has raised
+                    others.join(timeout=0)  # raises here an exception of another worker
 
                 # 3. Act.
                 actions, t, ended = [], 0, False
@@ -426,15 +436,15 @@ def train(args: Args) -> np.ndarray:
                 advantages = k_step_advantages(r, values.detach(), *ends, args.gamma, k)
                 returns = advantages + values[:-1].detach()
 
-                # 5. Loss.
+                # 5. Loss, which is -L.
                 output = policy(s)
                 pg_loss = policy_gradient_loss(policy.log_prob(output, a), advantages)
                 v_loss = value_loss(values[:-1], returns)
                 entropy = policy.entropy(output).mean()
                 loss = pg_loss - args.entropy_coef * entropy + args.value_coef * v_loss
-                loss *= t / k  # from the mean of T steps to their sum over k
+                loss *= t / k  # the mean over T steps becomes their sum, divided by k
 
-                # 6. RMSprop step on the shared parameters, to which the gradient goes over.
+                # 6. RMSprop step on the shared parameters, with the gradient at the worker's own.
                 for x, gradient in zip(shared_theta, torch.autograd.grad(loss, theta)):
                     x.grad = gradient
                 nn.utils.clip_grad_norm_(shared_theta, args.max_grad_norm or math.inf)
@@ -448,7 +458,8 @@ def train(args: Args) -> np.ndarray:
                 scalars = {"policy_loss": pg_loss, "value_loss": v_loss, "entropy": entropy}
             return scalars
 
-        # A fork has its own copy of all that is not shared: environment, networks, generators.
+        # Each forked process has its own copy of what is not in shared memory: environment,
+        # networks and random generators.
         options = {"nprocs": args.workers - 1, "join": False, "start_method": "fork"}
         others = mp.start_processes(lambda i: work(i + 1), **options)
         stack.callback(lambda: [process.kill() for process in others.processes])
@@ -461,9 +472,9 @@ def train(args: Args) -> np.ndarray:
             if refused:
                 raise Refusal(why)
             raise
-        torch._foreach_copy_(own, shared_theta)  # what the workers have left
+        torch._foreach_copy_(own, shared_theta)  # the result, for the last checkpoint and evaluation
         run.step = steps.sum().item()
-        if scalars:  # there was something left to learn
+        if scalars:  # empty if the checkpoint already had all steps
             run.log(**scalars)
         return run.evaluate()
 
@@ -472,11 +483,11 @@ def train(args: Args) -> np.ndarray:
 
 
 class Refusal(Exception):
-    """What the script will not do or go on with, in one line for its user."""
+    """Something that the script refuses to do; the command line prints it in one line."""
 
 
 def check_finite(what, x):
-    """Refuse to go on where a number in x, a nest of numbers and arrays, is not finite."""
+    """Refuse to continue if x, numbers and arrays in any nest, is not finite throughout."""
     for part in x.values() if isinstance(x, dict) else x if isinstance(x, (list, tuple)) else ():
         check_finite(what, part)
     if isinstance(x, (float, np.ndarray, Tensor)) and not math.isfinite(torch.as_tensor(x).sum()):
@@ -484,9 +495,9 @@ def check_finite(what, x):
 
 
 def make_env(args, video=""):
-    """The environment with flat observations, or images as they are: of Atari as DQN saw them.
+    """Make the environment, with flat observations or with images, Atari's as DQN saw them.
 
-    With --capture-video it records to folder video.
+    With --capture-video it records its episodes to the folder video, if one is given.
     """
     mistakes = gym.error.Error, ModuleNotFoundError, TypeError, ValueError
     atari = args.env_id.startswith("ALE/")
@@ -494,15 +505,15 @@ def make_env(args, video=""):
     try:
         kwargs = {**({"frameskip": 1} if atari else {}), **json.loads(args.env_kwargs)}
         env = gym.make("ale_py:" * atari + args.env_id, **kwargs, **render)
-        if atari:  # the last four of every fourth frame, grey, 84 x 84
+        if atari:  # 84 x 84, grey, every fourth frame, the last four of them
             env = gym.wrappers.FrameStackObservation(gym.wrappers.AtariPreprocessing(env), 4)
-        if args.capture_video:  # find out now whether it can draw itself
+        if args.capture_video:  # fail now, not after training, if it cannot render
             env.reset()
             env.render()
     except Exception if args.capture_video else mistakes as error:
         raise Refusal(f"{args.env_id} {args.env_kwargs}: {type(error).__name__} {error}") from error
     space = env.observation_space
-    image = re.search(r"\(\d+, \d+, \d+\), (uint8|bool)\)", str(space))  # space, or in a Dict
+    image = re.search(r"\(\d+, \d+, \d+\), (uint8|bool)\)", str(space))  # itself or inside
     known = IMAGES and isinstance(space, gym.spaces.Box) if image else space.is_np_flattenable
     if not known or not isinstance(env.action_space, ACTION_SPACES):
         raise Refusal(f"{SCRIPT}.py cannot learn {args.env_id}, {space} to {env.action_space}")
@@ -511,25 +522,25 @@ def make_env(args, video=""):
 
 
 def load(path, learner):
-    """The options and steps of the checkpoint at path, whose other parts go into learner."""
-    here = {"run_dir": "", "resume": "", "device": "cpu"}  # of this run and machine, not of that
+    """Load the checkpoint at path into learner; return its options and number of steps."""
+    here = {"run_dir": "", "resume": "", "device": "cpu"}  # these are this run's own
     try:
         checkpoint = torch.load(path, "cpu", weights_only=True, mmap=True)
         if checkpoint["script"] != SCRIPT:
-            raise Refusal(f"it is of {checkpoint['script']}.py")
+            raise Refusal(f"it was written by {checkpoint['script']}.py")
         for name, part in learner.items():
             part.load_state_dict(checkpoint[name])
         return Args(**checkpoint["args"] | here), checkpoint["env_steps"]
     except Exception as error:
-        why = error if isinstance(error, (OSError, Refusal)) else "damaged, or of other options"
+        why = error if isinstance(error, (OSError, Refusal)) else "damaged, or it has other options"
         raise Refusal(f"cannot resume from {path}: {why}") from error
 
 
 class Run(AbstractContextManager):
-    """A run: its directory, generators, log, evaluations and checkpoints.
+    """A run: its directory, random generators, log, evaluations and checkpoints.
 
-    `episodes`: (return, length) of the latest that ended; `learner`: all that a checkpoint keeps.
-    On an exception, Ctrl-C and SIGTERM too, it saves before it leaves; on a Refusal it does not.
+    `episodes` holds (return, length) of the last 100 episodes, `learner` what a checkpoint saves.
+    On an exception, also Ctrl-C and SIGTERM, the run is saved before it ends; on a Refusal not.
     """
 
     def __init__(self, args, rank=0, **learner):
@@ -557,16 +568,16 @@ class Run(AbstractContextManager):
         self.writer.close()
         if error and not isinstance(error, Refusal):
             self.save()
-            print(f"saved: --resume {self.dir}/checkpoint.pt goes on", file=sys.stderr)
+            print(f"saved: --resume {self.dir}/checkpoint.pt continues it", file=sys.stderr)
 
     def seed(self):
-        """Key all generators by (seed, step, rank), so that they are the same after a resume."""
+        """Seed all generators from (seed, step, rank): a resumed run draws the same numbers."""
         self.rng = np.random.default_rng([self.args.seed, self.step, self.rank + 1])
         for set_seed in random.seed, np.random.seed, torch.manual_seed:
             set_seed(int(self.rng.integers(2**32)))
 
     def log(self, **losses):
-        """Write to the log; evaluate and save where it is time to; key the generators anew."""
+        """Write to the log; evaluate and save when due; seed the generators for the next steps."""
         scalars = {f"losses/{name}": torch.as_tensor(x).item() for name, x in losses.items()}
         check_finite(f"{scalars} at step {self.step}", scalars)
         scalars["charts/SPS"] = (self.step - self.bar.initial) / self.bar.format_dict["elapsed"]
@@ -584,7 +595,7 @@ class Run(AbstractContextManager):
         self.seed()
 
     def save(self):
-        """Write the checkpoint aside, then put it in the place of the last one."""
+        """Write the checkpoint to a temporary file, then replace the last checkpoint by it."""
         began = time.time()
         checkpoint = {name: part.state_dict() for name, part in self.learner.items()}
         check_finite("weights or data", checkpoint)
@@ -599,9 +610,9 @@ class Run(AbstractContextManager):
         self.next_save = time.time() + max(self.args.checkpoint_every, 10 * (time.time() - began))
 
     def evaluate(self):
-        """Returns, not discounted, of episodes on seeds that training never sees, and their line.
+        """Play episodes on seeds that training never uses; print and return their returns.
 
-        An episode that has not ended after 100,000 steps is cut there.
+        Returns are not discounted. An episode is cut after 100,000 steps.
         """
         args, returns = self.args, np.zeros(self.args.eval_episodes)
         with make_env(args, f"{self.dir}/videos/{self.step}") as env:
@@ -621,12 +632,12 @@ class Run(AbstractContextManager):
 
 if __name__ == "__main__":
     for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        if signal.getsignal(n) != signal.SIG_IGN:  # nohup ignores SIGHUP
-            # The run saves on its way out; a second signal of the kind ends it at once.
+        if signal.getsignal(n) != signal.SIG_IGN:  # as SIGHUP is under nohup
+            # The run saves before it ends; a second signal of the same kind ends it at once.
             signal.signal(n, lambda n, _: (signal.signal(n, signal.SIG_DFL), sys.exit(128 + n)))
     try:
-        args = tyro.cli(Args, description=__doc__.splitlines()[0])
-        if args.resume:  # what the command line leaves out is as in the checkpoint
+        args = tyro.cli(Args, description=f"{__doc__.splitlines()[0]} Run options follow --env-id.")
+        if args.resume:  # options not given come from the checkpoint
             args = tyro.cli(Args, default=load(args.resume, {})[0])
         train(args)
     except Refusal as error:

@@ -92,7 +92,7 @@ LIMITS |= {"init_sigma": (1e-9, 1e9), "hidden": (1, 5_000)}
 
 @dataclasses.dataclass
 class Args:
-    total_timesteps: int = 300_000  # environment steps of all candidates; no generation is cut
+    total_timesteps: int = 300_000  # environment steps of all candidates, in whole generations
     candidates: int = 24  # n, candidates in a generation
     update: Literal["hansen", "document"] = "hansen"  # of the search distribution
     alpha: float = 1.0  # α, step of the mean towards that of the elites
@@ -100,27 +100,26 @@ class Args:
     noise: float = 0.01  # η, added to the variance of each coordinate; in the document's update
     episodes: int = 1  # L, episodes of each candidate
     init_sigma: float = 3.0  # σ at first, where C = I
-    common_seeds: bool = False  # begin the episodes of all candidates from the same states
-    norm_obs: bool = True  # normalise observations by their running mean and deviation
-    layers: int = 0  # hidden layers: 0 (a linear policy), 1 or 2
-    hidden: int = 32  # units in each of them
+    common_seeds: bool = False  # start the episodes of all candidates from the same states
+    norm_obs: bool = True  # normalise observations by their running mean and standard deviation
+    layers: int = 0  # number of hidden layers: 0 (a linear policy), 1 or 2
+    hidden: int = 32  # units in each hidden layer
 
-    env_id: str = "CartPole-v1"  # gymnasium id; module:Name-v0 imports module first
-    env_kwargs: str = "{}"  # arguments of the environment, as a JSON object
-    seed: int = 1  # same seed, same machine: same weights, bit for bit
-    device: Literal["cpu", "cuda"] = "cpu"  # where the networks compute; not kept by --resume
-    run_dir: str = ""  # where to write; default runs/<env-id>__<script>__<seed>__<time>
-    eval_episodes: int = 20  # greedy episodes of an evaluation, each cut after 100,000 steps
-    eval_every: int = 0  # steps between evaluations; 0: only at the end
-    capture_video: bool = False  # record the episodes of evaluations to <run-dir>/videos
-    checkpoint_every: int = 60  # seconds between checkpoints; 0: only when the run ends
-    resume: str = ""  # checkpoint to go on from; options left out are the checkpoint's
+    env_id: str = "CartPole-v1"  # gymnasium id of the environment; module:Name-v0 imports module
+    env_kwargs: str = "{}"  # arguments for the environment, as a JSON object
+    seed: int = 1  # random seed; the same one gives the same weights on the same machine
+    device: Literal["cpu", "cuda"] = "cpu"  # where networks compute; checkpoints do not keep it
+    run_dir: str = ""  # directory to write to; runs/<env-id>__<script>__<seed>__<time> if empty
+    eval_episodes: int = 20  # greedy episodes in an evaluation, each of at most 100,000 steps
+    eval_every: int = 0  # environment steps between evaluations; 0: evaluate only at the end
+    capture_video: bool = False  # record the evaluations as videos in <run-dir>/videos
+    checkpoint_every: int = 60  # seconds between checkpoints; 0: save only when the run ends
+    resume: str = ""  # checkpoint to continue from; it also gives the options left out
 
     def __post_init__(self):
-        """Refuse an option of another type, choice or range; numpy's numbers become plain ones."""
+        """Refuse values of the wrong type or out of range; turn numpy numbers into Python's."""
         for name, value in vars(self).items():
-            kind = Args.__annotations__[name]
-            kinds = get_args(kind) or [kind]  # choices, or types
+            kinds = get_args(kind := Args.__annotations__[name]) or [kind]  # choices, or types
             value = getattr(value, "item", lambda: value)()
             value = float(value) if float in kinds and type(value) is int else value
             setattr(self, name, value)
@@ -129,7 +128,8 @@ class Args:
             fits = value in kinds or type(value) in kinds
             if not fits or type(value) in (int, float) and not low <= value <= high:
                 raise Refusal(
-                    f"--{name.replace('_', '-')} {value} is not one of {kinds} from {low} to {high}"
+                    f"--{name.replace('_', '-')} {value}: it must be "
+                    f"{' or '.join(getattr(x, '__name__', x) for x in kinds)} from {low} to {high}"
                 )
         if self.device == "cuda" and not torch.cuda.is_available():
             raise Refusal("--device cuda: no GPU is available")
@@ -260,7 +260,7 @@ def update_covariance(C, p_c, y, epsilon, weights, h, c_c, c_1, c_mu):
 
 
 class RunningNorm(nn.Module):
-    """(x - mean) / deviation, those of all rows that include was given; clipped to [-10, 10]."""
+    """(x - mean) / deviation, clipped to [-10, 10]; both are of all rows passed to include."""
 
     def __init__(self, *shape):
         super().__init__()
@@ -279,7 +279,7 @@ class RunningNorm(nn.Module):
         self.mean += shift
 
     def forward(self, x):
-        """(..., *shape) to the same."""
+        """Normalise x, (..., *shape)."""
         return ((x - self.mean) / (self.var + 1e-8).sqrt()).clamp(-10, 10)
 
 
@@ -329,9 +329,9 @@ def make_policy(env, args):
 
 
 def box_actions(space):
-    """A function from actions (n, d) in [-1, 1] to those of the Box space, (n, *shape).
+    """A function that scales actions (n, d) in [-1, 1] to the Box space, (n, *shape).
 
-    Dimensions without bounds are left as they are; of integers every level gets an equal part.
+    Dimensions without bounds are not scaled. All levels of an integer get equal parts of [-1, 1].
     """
     low, high = space.low.astype(np.float64), space.high.astype(np.float64)
     bounded = (low > -1e9) & (high < 1e9)
@@ -404,7 +404,7 @@ def train(args: Args) -> np.ndarray:
     with ExitStack() as stack:
         # 1. Initialise.
         stack.callback(torch.set_num_threads, torch.get_num_threads())
-        torch.set_num_threads(1)  # layers this small lose more to threads than they gain
+        torch.set_num_threads(1)  # threads slow down layers this small
         env = stack.enter_context(make_env(args))
         policies = make_policy(env, args).double().to(args.device)
         mu = policies.mu
@@ -475,11 +475,11 @@ def train(args: Args) -> np.ndarray:
 
 
 class Refusal(Exception):
-    """What the script will not do or go on with, in one line for its user."""
+    """Something that the script refuses to do; the command line prints it in one line."""
 
 
 def make_envs(args, n):
-    """n copies of the environment as one: gymnasium's own vector version where there is one."""
+    """A vector environment of n copies, gymnasium's own vectorised version if it has one."""
     envs = gym.make_vec(args.env_id, n, **json.loads(args.env_kwargs))
     if (mode := envs.metadata.get("autoreset_mode")) != gym.vector.AutoresetMode.NEXT_STEP:
         raise Refusal(f"{args.env_id} resets its episodes by {mode}; {SCRIPT}.py needs NEXT_STEP")
@@ -488,7 +488,7 @@ def make_envs(args, n):
 
 
 def check_finite(what, x):
-    """Refuse to go on where a number in x, a nest of numbers and arrays, is not finite."""
+    """Refuse to continue if x, numbers and arrays in any nest, is not finite throughout."""
     for part in x.values() if isinstance(x, dict) else x if isinstance(x, (list, tuple)) else ():
         check_finite(what, part)
     if isinstance(x, (float, np.ndarray, Tensor)) and not math.isfinite(torch.as_tensor(x).sum()):
@@ -496,9 +496,9 @@ def check_finite(what, x):
 
 
 def make_env(args, video=""):
-    """The environment with flat observations, or images as they are: of Atari as DQN saw them.
+    """Make the environment, with flat observations or with images, Atari's as DQN saw them.
 
-    With --capture-video it records to folder video.
+    With --capture-video it records its episodes to the folder video, if one is given.
     """
     mistakes = gym.error.Error, ModuleNotFoundError, TypeError, ValueError
     atari = args.env_id.startswith("ALE/")
@@ -506,15 +506,15 @@ def make_env(args, video=""):
     try:
         kwargs = {**({"frameskip": 1} if atari else {}), **json.loads(args.env_kwargs)}
         env = gym.make("ale_py:" * atari + args.env_id, **kwargs, **render)
-        if atari:  # the last four of every fourth frame, grey, 84 x 84
+        if atari:  # 84 x 84, grey, every fourth frame, the last four of them
             env = gym.wrappers.FrameStackObservation(gym.wrappers.AtariPreprocessing(env), 4)
-        if args.capture_video:  # find out now whether it can draw itself
+        if args.capture_video:  # fail now, not after training, if it cannot render
             env.reset()
             env.render()
     except Exception if args.capture_video else mistakes as error:
         raise Refusal(f"{args.env_id} {args.env_kwargs}: {type(error).__name__} {error}") from error
     space = env.observation_space
-    image = re.search(r"\(\d+, \d+, \d+\), (uint8|bool)\)", str(space))  # space, or in a Dict
+    image = re.search(r"\(\d+, \d+, \d+\), (uint8|bool)\)", str(space))  # itself or inside
     known = IMAGES and isinstance(space, gym.spaces.Box) if image else space.is_np_flattenable
     if not known or not isinstance(env.action_space, ACTION_SPACES):
         raise Refusal(f"{SCRIPT}.py cannot learn {args.env_id}, {space} to {env.action_space}")
@@ -523,25 +523,25 @@ def make_env(args, video=""):
 
 
 def load(path, learner):
-    """The options and steps of the checkpoint at path, whose other parts go into learner."""
-    here = {"run_dir": "", "resume": "", "device": "cpu"}  # of this run and machine, not of that
+    """Load the checkpoint at path into learner; return its options and number of steps."""
+    here = {"run_dir": "", "resume": "", "device": "cpu"}  # these are this run's own
     try:
         checkpoint = torch.load(path, "cpu", weights_only=True, mmap=True)
         if checkpoint["script"] != SCRIPT:
-            raise Refusal(f"it is of {checkpoint['script']}.py")
+            raise Refusal(f"it was written by {checkpoint['script']}.py")
         for name, part in learner.items():
             part.load_state_dict(checkpoint[name])
         return Args(**checkpoint["args"] | here), checkpoint["env_steps"]
     except Exception as error:
-        why = error if isinstance(error, (OSError, Refusal)) else "damaged, or of other options"
+        why = error if isinstance(error, (OSError, Refusal)) else "damaged, or it has other options"
         raise Refusal(f"cannot resume from {path}: {why}") from error
 
 
 class Run(AbstractContextManager):
-    """A run: its directory, generators, log, evaluations and checkpoints.
+    """A run: its directory, random generators, log, evaluations and checkpoints.
 
-    `episodes`: (return, length) of the latest that ended; `learner`: all that a checkpoint keeps.
-    On an exception, Ctrl-C and SIGTERM too, it saves before it leaves; on a Refusal it does not.
+    `episodes` holds (return, length) of the last 100 episodes, `learner` what a checkpoint saves.
+    On an exception, also Ctrl-C and SIGTERM, the run is saved before it ends; on a Refusal not.
     """
 
     def __init__(self, args, rank=0, **learner):
@@ -569,16 +569,16 @@ class Run(AbstractContextManager):
         self.writer.close()
         if error and not isinstance(error, Refusal):
             self.save()
-            print(f"saved: --resume {self.dir}/checkpoint.pt goes on", file=sys.stderr)
+            print(f"saved: --resume {self.dir}/checkpoint.pt continues it", file=sys.stderr)
 
     def seed(self):
-        """Key all generators by (seed, step, rank), so that they are the same after a resume."""
+        """Seed all generators from (seed, step, rank): a resumed run draws the same numbers."""
         self.rng = np.random.default_rng([self.args.seed, self.step, self.rank + 1])
         for set_seed in random.seed, np.random.seed, torch.manual_seed:
             set_seed(int(self.rng.integers(2**32)))
 
     def log(self, **losses):
-        """Write to the log; evaluate and save where it is time to; key the generators anew."""
+        """Write to the log; evaluate and save when due; seed the generators for the next steps."""
         scalars = {f"losses/{name}": torch.as_tensor(x).item() for name, x in losses.items()}
         check_finite(f"{scalars} at step {self.step}", scalars)
         scalars["charts/SPS"] = (self.step - self.bar.initial) / self.bar.format_dict["elapsed"]
@@ -596,7 +596,7 @@ class Run(AbstractContextManager):
         self.seed()
 
     def save(self):
-        """Write the checkpoint aside, then put it in the place of the last one."""
+        """Write the checkpoint to a temporary file, then replace the last checkpoint by it."""
         began = time.time()
         checkpoint = {name: part.state_dict() for name, part in self.learner.items()}
         check_finite("weights or data", checkpoint)
@@ -611,9 +611,9 @@ class Run(AbstractContextManager):
         self.next_save = time.time() + max(self.args.checkpoint_every, 10 * (time.time() - began))
 
     def evaluate(self):
-        """Returns, not discounted, of episodes on seeds that training never sees, and their line.
+        """Play episodes on seeds that training never uses; print and return their returns.
 
-        An episode that has not ended after 100,000 steps is cut there.
+        Returns are not discounted. An episode is cut after 100,000 steps.
         """
         args, returns = self.args, np.zeros(self.args.eval_episodes)
         with make_env(args, f"{self.dir}/videos/{self.step}") as env:
@@ -633,12 +633,12 @@ class Run(AbstractContextManager):
 
 if __name__ == "__main__":
     for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        if signal.getsignal(n) != signal.SIG_IGN:  # nohup ignores SIGHUP
-            # The run saves on its way out; a second signal of the kind ends it at once.
+        if signal.getsignal(n) != signal.SIG_IGN:  # as SIGHUP is under nohup
+            # The run saves before it ends; a second signal of the same kind ends it at once.
             signal.signal(n, lambda n, _: (signal.signal(n, signal.SIG_DFL), sys.exit(128 + n)))
     try:
-        args = tyro.cli(Args, description=__doc__.splitlines()[0])
-        if args.resume:  # what the command line leaves out is as in the checkpoint
+        args = tyro.cli(Args, description=f"{__doc__.splitlines()[0]} Run options follow --env-id.")
+        if args.resume:  # options not given come from the checkpoint
             args = tyro.cli(Args, default=load(args.resume, {})[0])
         train(args)
     except Refusal as error:

@@ -101,35 +101,34 @@ class Args:
     objective: Literal["clip", "kl"] = "clip"  # clip: clipped; kl: unclipped, minus α KL(μ ‖ π_θ)
     alpha: float = 1.0  # α, weight of the KL penalty of --objective kl; 0: no constraint at all
     target_kl: float = 0.0  # end the passes when KL(μ ‖ π_θ) exceeds this; 0: never
-    gamma: float = 0.99  # γ, the discount
+    gamma: float = 0.99  # γ, the discount factor
     gae_lambda: float = 0.95  # λ of the advantages: 0 is the one-step one, 1 the Monte Carlo one
     learning_rate: float = 5e-4  # Adam's step size
-    anneal_lr: bool = True  # let the learning rate fall linearly, to 0 at --total-timesteps
+    anneal_lr: bool = True  # decrease the learning rate linearly, to 0 at --total-timesteps
     entropy_coef: float = 0.0  # c_H, weight of the entropy bonus
     value_coef: float = 0.5  # c_V, weight of the value loss
-    max_grad_norm: float = 0.5  # clip the gradient's norm to this; 0: no clip
-    norm_obs: bool = True  # normalise observations, but images, by their mean and deviation
+    max_grad_norm: float = 0.5  # clip the gradient's norm to this; 0: do not clip
+    norm_obs: bool = True  # normalise observations by running mean and deviation; images never are
     norm_rewards: bool = True  # divide rewards by the running deviation of the discounted return
-    clip_rewards: bool = True  # clip rewards to [-1, 1] where observations are images
-    init_std: float = 0.4  # σ of the Gaussian policy at first; 1 is half a bounded action's range
+    clip_rewards: bool = True  # if observations are images, clip rewards to [-1, 1] for learning
+    init_std: float = 0.4  # initial σ of a Gaussian policy; 1 is half the range of an action
     hidden: int = 64  # units in each of the two hidden layers
 
-    env_id: str = "CartPole-v1"  # gymnasium id; module:Name-v0 imports module first
-    env_kwargs: str = "{}"  # arguments of the environment, as a JSON object
-    seed: int = 1  # same seed, same machine: same weights, bit for bit
-    device: Literal["cpu", "cuda"] = "cpu"  # where the networks compute; not kept by --resume
-    run_dir: str = ""  # where to write; default runs/<env-id>__<script>__<seed>__<time>
-    eval_episodes: int = 20  # greedy episodes of an evaluation, each cut after 100,000 steps
-    eval_every: int = 0  # steps between evaluations; 0: only at the end
-    capture_video: bool = False  # record the episodes of evaluations to <run-dir>/videos
-    checkpoint_every: int = 60  # seconds between checkpoints; 0: only when the run ends
-    resume: str = ""  # checkpoint to go on from; options left out are the checkpoint's
+    env_id: str = "CartPole-v1"  # gymnasium id of the environment; module:Name-v0 imports module
+    env_kwargs: str = "{}"  # arguments for the environment, as a JSON object
+    seed: int = 1  # random seed; the same one gives the same weights on the same machine
+    device: Literal["cpu", "cuda"] = "cpu"  # where networks compute; checkpoints do not keep it
+    run_dir: str = ""  # directory to write to; runs/<env-id>__<script>__<seed>__<time> if empty
+    eval_episodes: int = 20  # greedy episodes in an evaluation, each of at most 100,000 steps
+    eval_every: int = 0  # environment steps between evaluations; 0: evaluate only at the end
+    capture_video: bool = False  # record the evaluations as videos in <run-dir>/videos
+    checkpoint_every: int = 60  # seconds between checkpoints; 0: save only when the run ends
+    resume: str = ""  # checkpoint to continue from; it also gives the options left out
 
     def __post_init__(self):
-        """Refuse an option of another type, choice or range; numpy's numbers become plain ones."""
+        """Refuse values of the wrong type or out of range; turn numpy numbers into Python's."""
         for name, value in vars(self).items():
-            kind = Args.__annotations__[name]
-            kinds = get_args(kind) or [kind]  # choices, or types
+            kinds = get_args(kind := Args.__annotations__[name]) or [kind]  # choices, or types
             value = getattr(value, "item", lambda: value)()
             value = float(value) if float in kinds and type(value) is int else value
             setattr(self, name, value)
@@ -138,7 +137,8 @@ class Args:
             fits = value in kinds or type(value) in kinds
             if not fits or type(value) in (int, float) and not low <= value <= high:
                 raise Refusal(
-                    f"--{name.replace('_', '-')} {value} is not one of {kinds} from {low} to {high}"
+                    f"--{name.replace('_', '-')} {value}: it must be "
+                    f"{' or '.join(getattr(x, '__name__', x) for x in kinds)} from {low} to {high}"
                 )
         if self.device == "cuda" and not torch.cuda.is_available():
             raise Refusal("--device cuda: no GPU is available")
@@ -238,7 +238,7 @@ def value_loss(values, returns):
 
 
 class RunningNorm(nn.Module):
-    """(x - mean) / deviation, those of all rows that include was given; clipped to [-10, 10]."""
+    """(x - mean) / deviation, clipped to [-10, 10]; both are of all rows passed to include."""
 
     def __init__(self, *shape):
         super().__init__()
@@ -258,7 +258,7 @@ class RunningNorm(nn.Module):
         self.mean += shift
 
     def forward(self, x):
-        """(..., *shape) to the same."""
+        """Normalise x, (..., *shape)."""
         return ((x - self.mean) / (self.var + 1e-8).sqrt()).clamp(-10, 10)
 
 
@@ -275,7 +275,7 @@ class Torso(nn.Sequential):
         super().__init__(*layers, nn.Flatten(), nn.LazyLinear(256), relu)
         self.axis = 1 if space.shape[0] < space.shape[2] else 3  # of the channels, in a batch
         self.white = float(space.high.max())
-        self(torch.zeros(1, *space.shape))  # the lazy layers take their sizes from it
+        self(torch.zeros(1, *space.shape))  # the lazy layers learn their sizes from it
 
     def forward(self, x):
         """(..., *shape) to (..., 256)."""
@@ -301,10 +301,10 @@ def mlp(env, args, outputs, gain):
 
 
 def in_numpy(net):
-    """net as a function of arrays, which for few rows takes a fraction of torch's time.
+    """Turn net into a function of numpy arrays, much faster than torch for a few rows.
 
-    It goes layer by layer. A layer it does not know, or a net with its own forward, runs in torch.
-    On the CPU it follows the weights as they change; of a GPU's it holds a copy.
+    It translates layer by layer; an unknown layer, or a net with its own forward, runs in torch.
+    The function sees later changes of weights on the CPU; of weights on a GPU it holds a copy.
     """
     if type(net) is nn.Tanh:
         return np.tanh
@@ -321,9 +321,9 @@ def in_numpy(net):
 
 
 def box_actions(space):
-    """A function from actions (n, d) in [-1, 1] to those of the Box space, (n, *shape).
+    """A function that scales actions (n, d) in [-1, 1] to the Box space, (n, *shape).
 
-    Dimensions without bounds are left as they are; of integers every level gets an equal part.
+    Dimensions without bounds are not scaled. All levels of an integer get equal parts of [-1, 1].
     """
     low, high = space.low.astype(np.float64), space.high.astype(np.float64)
     bounded = (low > -1e9) & (high < 1e9)
@@ -354,7 +354,7 @@ class SoftmaxPolicy(nn.Sequential):
         return (logits + rng.gumbel(size=logits.shape)).argmax(-1)
 
     def to_env(self, action):
-        """What the environment takes for action, (...)."""
+        """The environment's number for action, (...): its numbers may start above 0."""
         return action + self.start
 
     def act(self, obs):
@@ -433,7 +433,7 @@ def train(args: Args) -> np.ndarray:
         run = stack.enter_context(Run(args, rank, **learner, reward_norm=reward_norm))
         stack.callback(torch.set_num_threads, torch.get_num_threads())
         if not image and args.hidden * N * T // args.minibatches < 2**16:
-            torch.set_num_threads(1)  # layers this small lose more to threads than they gain
+            torch.set_num_threads(1)  # threads slow down layers this small
 
         # obs[t + 1] is the true successor of obs[t], also where an episode ended. The step after an
         # end is the reset step: its action was ignored, its reward is 0, and real is False there.
@@ -547,11 +547,11 @@ def train(args: Args) -> np.ndarray:
 
 
 class Refusal(Exception):
-    """What the script will not do or go on with, in one line for its user."""
+    """Something that the script refuses to do; the command line prints it in one line."""
 
 
 def start_processes(stack, device):
-    """Rank and number of torchrun's processes, 0 and 1 without it, and the device of this one."""
+    """Rank, number of processes and own device; 0, 1 and device where torchrun does not run."""
     if not dist.is_torchelastic_launched():
         return 0, 1, device
     if not dist.is_initialized():
@@ -562,7 +562,7 @@ def start_processes(stack, device):
 
 
 def all_sum(*tensors, weight=1):
-    """Sum each tensor, times weight, over torchrun's processes, in place; returns the first."""
+    """Sum weight times each tensor over torchrun's processes, in place; return the first."""
     if dist.is_torchelastic_launched():
         dist.all_reduce(vector := weight * nn.utils.parameters_to_vector(tensors))
         nn.utils.vector_to_parameters(vector, tensors)
@@ -570,7 +570,7 @@ def all_sum(*tensors, weight=1):
 
 
 def make_envs(args, n):
-    """n copies of the environment as one: gymnasium's own vector version where there is one."""
+    """A vector environment of n copies, gymnasium's own vectorised version if it has one."""
     envs = gym.make_vec(args.env_id, n, **json.loads(args.env_kwargs))
     if (mode := envs.metadata.get("autoreset_mode")) != gym.vector.AutoresetMode.NEXT_STEP:
         raise Refusal(f"{args.env_id} resets its episodes by {mode}; {SCRIPT}.py needs NEXT_STEP")
@@ -579,7 +579,7 @@ def make_envs(args, n):
 
 
 def check_finite(what, x):
-    """Refuse to go on where a number in x, a nest of numbers and arrays, is not finite."""
+    """Refuse to continue if x, numbers and arrays in any nest, is not finite throughout."""
     for part in x.values() if isinstance(x, dict) else x if isinstance(x, (list, tuple)) else ():
         check_finite(what, part)
     if isinstance(x, (float, np.ndarray, Tensor)) and not math.isfinite(torch.as_tensor(x).sum()):
@@ -587,9 +587,9 @@ def check_finite(what, x):
 
 
 def make_env(args, video=""):
-    """The environment with flat observations, or images as they are: of Atari as DQN saw them.
+    """Make the environment, with flat observations or with images, Atari's as DQN saw them.
 
-    With --capture-video it records to folder video.
+    With --capture-video it records its episodes to the folder video, if one is given.
     """
     mistakes = gym.error.Error, ModuleNotFoundError, TypeError, ValueError
     atari = args.env_id.startswith("ALE/")
@@ -597,15 +597,15 @@ def make_env(args, video=""):
     try:
         kwargs = {**({"frameskip": 1} if atari else {}), **json.loads(args.env_kwargs)}
         env = gym.make("ale_py:" * atari + args.env_id, **kwargs, **render)
-        if atari:  # the last four of every fourth frame, grey, 84 x 84
+        if atari:  # 84 x 84, grey, every fourth frame, the last four of them
             env = gym.wrappers.FrameStackObservation(gym.wrappers.AtariPreprocessing(env), 4)
-        if args.capture_video:  # find out now whether it can draw itself
+        if args.capture_video:  # fail now, not after training, if it cannot render
             env.reset()
             env.render()
     except Exception if args.capture_video else mistakes as error:
         raise Refusal(f"{args.env_id} {args.env_kwargs}: {type(error).__name__} {error}") from error
     space = env.observation_space
-    image = re.search(r"\(\d+, \d+, \d+\), (uint8|bool)\)", str(space))  # space, or in a Dict
+    image = re.search(r"\(\d+, \d+, \d+\), (uint8|bool)\)", str(space))  # itself or inside
     known = IMAGES and isinstance(space, gym.spaces.Box) if image else space.is_np_flattenable
     if not known or not isinstance(env.action_space, ACTION_SPACES):
         raise Refusal(f"{SCRIPT}.py cannot learn {args.env_id}, {space} to {env.action_space}")
@@ -614,25 +614,25 @@ def make_env(args, video=""):
 
 
 def load(path, learner):
-    """The options and steps of the checkpoint at path, whose other parts go into learner."""
-    here = {"run_dir": "", "resume": "", "device": "cpu"}  # of this run and machine, not of that
+    """Load the checkpoint at path into learner; return its options and number of steps."""
+    here = {"run_dir": "", "resume": "", "device": "cpu"}  # these are this run's own
     try:
         checkpoint = torch.load(path, "cpu", weights_only=True, mmap=True)
         if checkpoint["script"] != SCRIPT:
-            raise Refusal(f"it is of {checkpoint['script']}.py")
+            raise Refusal(f"it was written by {checkpoint['script']}.py")
         for name, part in learner.items():
             part.load_state_dict(checkpoint[name])
         return Args(**checkpoint["args"] | here), checkpoint["env_steps"]
     except Exception as error:
-        why = error if isinstance(error, (OSError, Refusal)) else "damaged, or of other options"
+        why = error if isinstance(error, (OSError, Refusal)) else "damaged, or it has other options"
         raise Refusal(f"cannot resume from {path}: {why}") from error
 
 
 class Run(AbstractContextManager):
-    """A run: its directory, generators, log, evaluations and checkpoints.
+    """A run: its directory, random generators, log, evaluations and checkpoints.
 
-    `episodes`: (return, length) of the latest that ended; `learner`: all that a checkpoint keeps.
-    On an exception, Ctrl-C and SIGTERM too, it saves before it leaves; on a Refusal it does not.
+    `episodes` holds (return, length) of the last 100 episodes, `learner` what a checkpoint saves.
+    On an exception, also Ctrl-C and SIGTERM, the run is saved before it ends; on a Refusal not.
     """
 
     def __init__(self, args, rank=0, **learner):
@@ -660,16 +660,16 @@ class Run(AbstractContextManager):
         self.writer.close()
         if error and not isinstance(error, Refusal):
             self.save()
-            print(f"saved: --resume {self.dir}/checkpoint.pt goes on", file=sys.stderr)
+            print(f"saved: --resume {self.dir}/checkpoint.pt continues it", file=sys.stderr)
 
     def seed(self):
-        """Key all generators by (seed, step, rank), so that they are the same after a resume."""
+        """Seed all generators from (seed, step, rank): a resumed run draws the same numbers."""
         self.rng = np.random.default_rng([self.args.seed, self.step, self.rank + 1])
         for set_seed in random.seed, np.random.seed, torch.manual_seed:
             set_seed(int(self.rng.integers(2**32)))
 
     def log(self, **losses):
-        """Write to the log; evaluate and save where it is time to; key the generators anew."""
+        """Write to the log; evaluate and save when due; seed the generators for the next steps."""
         scalars = {f"losses/{name}": torch.as_tensor(x).item() for name, x in losses.items()}
         check_finite(f"{scalars} at step {self.step}", scalars)
         scalars["charts/SPS"] = (self.step - self.bar.initial) / self.bar.format_dict["elapsed"]
@@ -687,7 +687,7 @@ class Run(AbstractContextManager):
         self.seed()
 
     def save(self):
-        """Write the checkpoint aside, then put it in the place of the last one."""
+        """Write the checkpoint to a temporary file, then replace the last checkpoint by it."""
         began = time.time()
         checkpoint = {name: part.state_dict() for name, part in self.learner.items()}
         check_finite("weights or data", checkpoint)
@@ -702,9 +702,9 @@ class Run(AbstractContextManager):
         self.next_save = time.time() + max(self.args.checkpoint_every, 10 * (time.time() - began))
 
     def evaluate(self):
-        """Returns, not discounted, of episodes on seeds that training never sees, and their line.
+        """Play episodes on seeds that training never uses; print and return their returns.
 
-        An episode that has not ended after 100,000 steps is cut there.
+        Returns are not discounted. An episode is cut after 100,000 steps.
         """
         args, returns = self.args, np.zeros(self.args.eval_episodes)
         with make_env(args, f"{self.dir}/videos/{self.step}") as env:
@@ -724,12 +724,12 @@ class Run(AbstractContextManager):
 
 if __name__ == "__main__":
     for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        if signal.getsignal(n) != signal.SIG_IGN:  # nohup ignores SIGHUP
-            # The run saves on its way out; a second signal of the kind ends it at once.
+        if signal.getsignal(n) != signal.SIG_IGN:  # as SIGHUP is under nohup
+            # The run saves before it ends; a second signal of the same kind ends it at once.
             signal.signal(n, lambda n, _: (signal.signal(n, signal.SIG_DFL), sys.exit(128 + n)))
     try:
-        args = tyro.cli(Args, description=__doc__.splitlines()[0])
-        if args.resume:  # what the command line leaves out is as in the checkpoint
+        args = tyro.cli(Args, description=f"{__doc__.splitlines()[0]} Run options follow --env-id.")
+        if args.resume:  # options not given come from the checkpoint
             args = tyro.cli(Args, default=load(args.resume, {})[0])
         train(args)
     except Refusal as error:

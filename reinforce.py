@@ -1,4 +1,4 @@
-r"""REINFORCE: play whole trajectories, then make each action likelier by what came after it.
+r"""REINFORCE: play whole trajectories, then make actions likelier in proportion to their return.
 
 Derivations: "Rewards and Returns", "Policy-Based RL", "REINFORCE (or Monte Carlo Policy Gradient)",
 "REINFORCE (or Monte Carlo Policy Gradient) / Derivation", "Gaussian Policy", "Softmax Policy",
@@ -6,35 +6,43 @@ Derivations: "Rewards and Returns", "Policy-Based RL", "REINFORCE (or Monte Carl
 
     1.  Initialise the policy π_θ and, for a baseline that depends on the state, the critic V_φ.
     2.  Sample N trajectories τ ~ P(τ; θ), one in each environment, each from reset to its end.
-    3.  Weights w_t: G_t = r_t + γ G_{t+1}, the return from t on, or R(τ) = G_0 at every t.
-    4.  Subtract the baseline: 0, the mean b of R(τ), the mean b_t of w_t, or V_φ(s_t).
-    5.  ∇U(θ) ≈ 1/N Σ_i Σ_t ∇ log π_θ(a_t|s_t) w_t, and one Adam step on θ up it.
+    3.  Weight w_t of a step: the return from t on, G_t = r_t + γ G_{t+1}, or R(τ) = G_0 at every t.
+    4.  Subtract a baseline from w_t: 0, the mean b of R(τ), the mean b_t of w_t, or V_φ(s_t).
+        Standardise the result over the batch.
+    5.  One Adam step on θ up the estimate  ∇U(θ) ≈ 1/N Σ_i Σ_t ∇ log π_θ(a_t|s_t) w_t.
     6.  K Adam steps on φ down the gradient of E[(V_φ(s_t) - G_t)²].
     7.  Add the observations to the statistics that normalise them; repeat from 2.
 
 Notation: s -> obs -> (T+1, N, obs_dim), T the longest trajectory;  a -> actions -> (T, N) or
-(T, N, action_dim);  r_t, G_t -> rewards, returns -> (T, N);  w_t, also less its baseline -> weights
--> (T, N);  V_φ -> values -> (T+1, N);  real -> (T+1, N): whether the trajectory still goes on at t.
-b_... holds the B steps of all trajectories, flat, (B, ...).
+(T, N, action_dim);  r_t, G_t -> rewards, returns -> (T, N);  w_t, before and after the baseline is
+subtracted -> weights -> (T, N);  V_φ -> values -> (T+1, N);  real -> (T+1, N): whether the
+trajectory has not yet ended at t.  b_... holds the B steps of all trajectories, flat, (B, ...).
 
-An environment whose trajectory has ended plays on until the last one has. Those steps count towards
---total-timesteps, but nothing is learned from them. A time limit (truncated), or --max-steps, does
-not end the value: V_φ of the last state stands for what would have followed. Without V_φ the
-return is used as it is.
+An environment whose trajectory has ended plays on until all trajectories have ended. Those extra
+steps count towards --total-timesteps, but nothing is learned from them. Where a time limit
+(truncated) or --max-steps cuts a trajectory, V_φ of the last state stands for the rewards that
+would have followed. Without a state baseline there is no V_φ, and the cut return is used as it is.
 
-Beyond the document: the means b and b_t contain the return that they are subtracted from, which
-shrinks the expected gradient. Let g be what it is without a baseline. With b_t, or with R(τ) as the
-weight, it becomes (N-1)/N g, whatever the lengths of the trajectories. With b and G_t it becomes
-g - 1/N ∇E[R(τ)], which is the same if γ = 1. V_φ is fitted after its use and leaves g as it is.
-With G_t and γ < 1, g itself lacks the factor γ^t of the exact gradient, as is usual.
-With --standardize the deviation of the batch divides the gradient too. Adam takes the gradient
-steps, with ε = 1e-5 (torch's is 1e-8); learning rates fall linearly; initial weights are
-orthogonal. The environment gets actions clipped to its bounds, the policy's density does not know
-them. With --norm-obs observations are centred and divided by their running deviation, and clipped
-to [-10, 10].
-Under torchrun the environments are shared out. Gradients of θ are averaged, as all processes have
-equally many trajectories; in those of φ every process weighs by its steps. Each takes b, b_t and
-the statistics of --standardize from its own trajectories, whose number is then the N of (N-1)/N.
+Bias of the baselines: the means b and b_t contain the very return from which they are subtracted,
+and so shrink the expected gradient. Let g be the expected gradient without a baseline. With b_t, or
+with R(τ) as the weight and either mean, it becomes (N-1)/N g, whatever the lengths of the
+trajectories. With b and G_t it becomes g - 1/N ∇E[R(τ)], which is the same if γ = 1. V_φ is fitted
+to a batch only after it was the baseline there, so it leaves g as it is. With G_t and γ < 1, g
+itself lacks the factor γ^t of the exact gradient, as is usual.
+
+Beyond the document: --standardize subtracts the mean of the batch's weights and divides by their
+standard deviation, so it also rescales the gradient. Adam takes the gradient steps, with ε = 1e-5
+(torch's is 1e-8), as in ppo.py. Learning rates fall linearly. Initial weights are orthogonal. The
+environment gets actions clipped to its bounds, but log π_θ is that of the action before it was
+clipped. With --norm-obs the running mean is subtracted from observations; they are divided by their
+running standard deviation and clipped to [-10, 10].
+Under torchrun each process gets an equal part of the environments. Gradients of θ are averaged, as
+all processes have equally many trajectories; gradients of φ are weighted by the steps of each
+process. Each process takes b, b_t and the statistics of --standardize from its own trajectories;
+their number is then the N of (N-1)/N.
+
+Logged: value_loss is the mean over the K steps of the latest update; entropy is that of the policy
+which played the latest trajectories.
 
 Paper: Williams 1992, Simple Statistical Gradient-Following Algorithms for Connectionist
 Reinforcement Learning, Machine Learning 8.
@@ -87,37 +95,36 @@ LIMITS = {"gamma": (0, 1), "init_std": (1e-6, 1e6)}  # least and most
 class Args:
     total_timesteps: int = 150_000  # environment steps, over all environments and processes
     num_envs: int = 16  # N, trajectories in an update, shared out among torchrun's processes
-    max_steps: int = 10_000  # T at most; a longer trajectory is cut there as by a time limit
-    weight: Literal["to-go", "trajectory"] = "to-go"  # of each log π: G_t, or R(τ) at every t
-    baseline: Literal["none", "constant", "time", "state"] = "state"  # b = 0, b, b_t or V_φ(s_t)
-    standardize: bool = True  # shift and scale the weights of a batch to mean 0 and deviation 1
-    gamma: float = 0.99  # γ, the discount
-    learning_rate: float = 1e-2  # α, Adam's step size on θ
-    anneal_lr: bool = True  # let learning rates fall linearly, to 0 at --total-timesteps
-    value_learning_rate: float = 1e-2  # Adam's step size on φ
-    value_steps: int = 32  # K, Adam steps on φ in an update
-    value_batch: int = 256  # steps of the trajectories drawn for each of them
-    norm_obs: bool = True  # normalise observations by their running mean and deviation
-    init_std: float = 0.5  # σ of the Gaussian policy at first; 1 is half a bounded action's range
-    learn_std: bool = False  # learn σ too; the document's is fixed
+    max_steps: int = 10_000  # cut a trajectory after so many steps, as a time limit does
+    weight: Literal["to-go", "trajectory"] = "to-go"  # of a step: return from it on, or of the whole
+    baseline: Literal["none", "constant", "time", "state"] = "state"  # 0, mean, mean at t or value
+    standardize: bool = True  # shift and scale a batch's weights to mean 0, standard deviation 1
+    gamma: float = 0.99  # γ, the discount factor
+    learning_rate: float = 1e-2  # α, Adam's step size for the policy
+    anneal_lr: bool = True  # decrease the learning rates linearly, to 0 at --total-timesteps
+    value_learning_rate: float = 1e-2  # Adam's step size for the critic, if --baseline is state
+    value_steps: int = 32  # K, Adam steps of the critic in an update
+    value_batch: int = 256  # environment steps in the minibatch of each Adam step of the critic
+    norm_obs: bool = True  # normalise observations by their running mean and standard deviation
+    init_std: float = 0.5  # initial σ of a Gaussian policy; 1 is half the range of an action
+    learn_std: bool = False  # learn σ of the Gaussian policy; in the document it is fixed
     hidden: int = 64  # units in each of the two hidden layers
 
-    env_id: str = "CartPole-v1"  # gymnasium id; module:Name-v0 imports module first
-    env_kwargs: str = "{}"  # arguments of the environment, as a JSON object
-    seed: int = 1  # same seed, same machine: same weights, bit for bit
-    device: Literal["cpu", "cuda"] = "cpu"  # where the networks compute; not kept by --resume
-    run_dir: str = ""  # where to write; default runs/<env-id>__<script>__<seed>__<time>
-    eval_episodes: int = 20  # greedy episodes of an evaluation, each cut after 100,000 steps
-    eval_every: int = 0  # steps between evaluations; 0: only at the end
-    capture_video: bool = False  # record the episodes of evaluations to <run-dir>/videos
-    checkpoint_every: int = 60  # seconds between checkpoints; 0: only when the run ends
-    resume: str = ""  # checkpoint to go on from; options left out are the checkpoint's
+    env_id: str = "CartPole-v1"  # gymnasium id of the environment; module:Name-v0 imports module
+    env_kwargs: str = "{}"  # arguments for the environment, as a JSON object
+    seed: int = 1  # random seed; the same one gives the same weights on the same machine
+    device: Literal["cpu", "cuda"] = "cpu"  # where networks compute; checkpoints do not keep it
+    run_dir: str = ""  # directory to write to; runs/<env-id>__<script>__<seed>__<time> if empty
+    eval_episodes: int = 20  # greedy episodes in an evaluation, each of at most 100,000 steps
+    eval_every: int = 0  # environment steps between evaluations; 0: evaluate only at the end
+    capture_video: bool = False  # record the evaluations as videos in <run-dir>/videos
+    checkpoint_every: int = 60  # seconds between checkpoints; 0: save only when the run ends
+    resume: str = ""  # checkpoint to continue from; it also gives the options left out
 
     def __post_init__(self):
-        """Refuse an option of another type, choice or range; numpy's numbers become plain ones."""
+        """Refuse values of the wrong type or out of range; turn numpy numbers into Python's."""
         for name, value in vars(self).items():
-            kind = Args.__annotations__[name]
-            kinds = get_args(kind) or [kind]  # choices, or types
+            kinds = get_args(kind := Args.__annotations__[name]) or [kind]  # choices, or types
             value = getattr(value, "item", lambda: value)()
             value = float(value) if float in kinds and type(value) is int else value
             setattr(self, name, value)
@@ -126,7 +133,8 @@ class Args:
             fits = value in kinds or type(value) in kinds
             if not fits or type(value) in (int, float) and not low <= value <= high:
                 raise Refusal(
-                    f"--{name.replace('_', '-')} {value} is not one of {kinds} from {low} to {high}"
+                    f"--{name.replace('_', '-')} {value}: it must be "
+                    f"{' or '.join(getattr(x, '__name__', x) for x in kinds)} from {low} to {high}"
                 )
         if self.device == "cuda" and not torch.cuda.is_available():
             raise Refusal("--device cuda: no GPU is available")
@@ -172,8 +180,8 @@ def gaussian_entropy(log_std):
 def returns_to_go(rewards, gamma):
     """G_t = Σ_{k≥t} γ^{k-t} r_k = r_t + γ G_{t+1}   [Rewards and Returns, eq. 3]
 
-    [REINFORCE (or Monte Carlo Policy Gradient) / Derivation, eq. 10], [Rewards and Returns, eq. 2]
-    with γ = 1. G_0 is R(τ).
+    With γ = 1 it is [REINFORCE (or Monte Carlo Policy Gradient) / Derivation, eq. 10] and
+    [Rewards and Returns, eq. 2]. r_k is the document's R_{k+1}, and G_0 is R(τ).
     rewards r: (T, N), 0 after the end of a trajectory. Returns (T, N), in units of reward.
     """
     returns = [0]  # G_T, G_{T-1}, ..., G_0
@@ -183,9 +191,9 @@ def returns_to_go(rewards, gamma):
 
 
 def constant_baseline(returns):
-    """b = 1/N Σ_i R(τ_i), for the E[R(τ)] of [Baseline, eq. 2]
+    """b = 1/N Σ_i R(τ_i), which estimates the E[R(τ)] of [Baseline, eq. 2]
 
-    returns G: (T, N), of which the first row is R(τ). Returns (), in units of reward.
+    returns G: (T, N); the first row, G_0, is R(τ). Returns (), in units of reward.
     """
     return returns[0].mean()
 
@@ -193,7 +201,8 @@ def constant_baseline(returns):
 def time_baseline(weights):
     """b_t = 1/N Σ_i w_t(i)   [Baseline, eq. 3]
 
-    A trajectory that has ended before t has its part in the mean: G_t = 0, or R(τ) as at every t.
+    The mean is over all N trajectories, also those that have ended before t: with w_t = G_t they
+    contribute 0, with w_t = R(τ) the same as at every t.
     weights w, G_t or R(τ): (T, N). Returns (T, 1), in units of reward.
     """
     return weights.mean(1, keepdim=True)
@@ -206,7 +215,7 @@ def reinforce_loss(logp, weights, n):
     [REINFORCE (or Monte Carlo Policy Gradient) / Derivation, eq. 11] with G_t, and with a baseline
     subtracted [Baseline, eq. 2], [Baseline, eq. 3] and [Baseline, eq. 5].
     logp log π_θ, weights w: (B,), all steps of the N = n trajectories. Returns (), to be minimised,
-    in units of reward; the value itself means nothing.
+    in units of reward; only its gradient has a meaning.
     """
     return -(logp * weights).sum() / n
 
@@ -224,7 +233,7 @@ def value_loss(values, returns):
 
 
 class RunningNorm(nn.Module):
-    """(x - mean) / deviation, those of all rows that include was given; clipped to [-10, 10]."""
+    """(x - mean) / deviation, clipped to [-10, 10]; both are of all rows passed to include."""
 
     def __init__(self, *shape):
         super().__init__()
@@ -244,7 +253,7 @@ class RunningNorm(nn.Module):
         self.mean += shift
 
     def forward(self, x):
-        """(..., *shape) to the same."""
+        """Normalise x, (..., *shape)."""
         return ((x - self.mean) / (self.var + 1e-8).sqrt()).clamp(-10, 10)
 
 
@@ -260,10 +269,10 @@ def mlp(env, args, outputs, gain):
 
 
 def in_numpy(net):
-    """net as a function of arrays, which for few rows takes a fraction of torch's time.
+    """Turn net into a function of numpy arrays, much faster than torch for a few rows.
 
-    It goes layer by layer. A layer it does not know, or a net with its own forward, runs in torch.
-    On the CPU it follows the weights as they change; of a GPU's it holds a copy.
+    It translates layer by layer; an unknown layer, or a net with its own forward, runs in torch.
+    The function sees later changes of weights on the CPU; of weights on a GPU it holds a copy.
     """
     if type(net) is nn.Tanh:
         return np.tanh
@@ -280,9 +289,9 @@ def in_numpy(net):
 
 
 def box_actions(space):
-    """A function from actions (n, d) in [-1, 1] to those of the Box space, (n, *shape).
+    """A function that scales actions (n, d) in [-1, 1] to the Box space, (n, *shape).
 
-    Dimensions without bounds are left as they are; of integers every level gets an equal part.
+    Dimensions without bounds are not scaled. All levels of an integer get equal parts of [-1, 1].
     """
     low, high = space.low.astype(np.float64), space.high.astype(np.float64)
     bounded = (low > -1e9) & (high < 1e9)
@@ -313,7 +322,7 @@ class SoftmaxPolicy(nn.Sequential):
         return (logits + rng.gumbel(size=logits.shape)).argmax(-1)
 
     def to_env(self, action):
-        """What the environment takes for action, (...)."""
+        """The environment's number for action, (...): its numbers may start above 0."""
         return action + self.start
 
     def act(self, obs):
@@ -371,7 +380,7 @@ def train(args: Args) -> np.ndarray:
         if N * world != args.num_envs:
             raise Refusal(f"--num-envs {args.num_envs} cannot be shared out to {world} processes")
         if N == 1 and args.baseline in ("constant", "time"):
-            raise Refusal(f"--baseline {args.baseline}: a mean of one trajectory leaves nothing")
+            raise Refusal(f"--baseline {args.baseline} needs two trajectories in each process")
 
         # 1. Initialise, alike in every process.
         torch.manual_seed(args.seed)
@@ -387,15 +396,15 @@ def train(args: Args) -> np.ndarray:
         run = stack.enter_context(Run(args, rank, **learner, critic_optimizer=critic_optimizer))
         stack.callback(torch.set_num_threads, torch.get_num_threads())
         if args.hidden < 512:
-            torch.set_num_threads(1)  # layers this small lose more to threads than they gain
+            torch.set_num_threads(1)  # threads slow down layers this small
 
         while run.step < args.total_timesteps:
             remaining = 1 - run.step / args.total_timesteps if args.anneal_lr else 1
             optimizer.param_groups[0]["lr"] = args.learning_rate * remaining
             critic_optimizer.param_groups[0]["lr"] = args.value_learning_rate * remaining
 
-            # 2. Sample trajectories. An environment whose own has ended plays on until the last one
-            # has, and real is False there.
+            # 2. Sample trajectories. An environment whose trajectory has ended plays on until all
+            # have ended; real is False there.
             obs = [np.array(envs.reset(seed=random.getrandbits(29))[0], np.float32)]
             actions, rewards, cut, real = [], [], [], [np.ones(N, bool)]
             pi, resets, simulated = in_numpy(policy), np.zeros(N, bool), 0
@@ -405,15 +414,15 @@ def train(args: Args) -> np.ndarray:
                 obs.append(np.array(next_obs, np.float32))
                 rewards.append(np.array(reward * real[-1], np.float32))
                 simulated += N - resets.sum().item()
-                resets = terminated | truncated  # where the next step is only a reset
+                resets = terminated | truncated  # the next step of these only resets them
                 real.append(real[-1] & ~resets & (len(actions) < args.max_steps))
-                cut.append(real[-2] & ~real[-1] & ~terminated)  # the last step, but no end
+                cut.append(real[-2] & ~real[-1] & ~terminated)  # ended without termination
             rows = obs, actions, rewards, cut, real
             obs, actions, rewards, cut, real = (torch.from_numpy(np.stack(x)) for x in rows)
             check_finite("an observation or a reward", (obs, rewards))
             run.episodes.extend(zip(rewards.sum(0).tolist(), real.sum(0).tolist()))
 
-            # 3. Weights. The values of the whole rollout take one pass.
+            # 3. Weights. V_φ of all observations is computed in one pass.
             if args.baseline == "state":
                 with torch.no_grad():
                     values = critic(obs.to(device)).squeeze(-1).cpu()  # (T+1, N)
@@ -421,7 +430,7 @@ def train(args: Args) -> np.ndarray:
             returns = returns_to_go(rewards, args.gamma)
             weights = returns if args.weight == "to-go" else returns[0].expand_as(returns)
 
-            # 4. Subtract the baseline.
+            # 4. Subtract the baseline and standardise.
             if args.baseline == "constant":
                 weights = weights - constant_baseline(returns)
             elif args.baseline == "time":
@@ -434,7 +443,7 @@ def train(args: Args) -> np.ndarray:
                 std, mean = torch.std_mean(b_weights, correction=0)
                 b_weights = (b_weights - mean) / (std + 1e-8)
             steps, real_steps = all_sum(torch.tensor([simulated, len(b_obs)])).tolist()
-            share = len(b_obs) / real_steps  # the weight of this process in the loss of φ
+            share = len(b_obs) / real_steps  # this process's part of the gradient of φ
 
             # 5. Adam step on θ.
             output = policy(b_obs)
@@ -471,11 +480,11 @@ def train(args: Args) -> np.ndarray:
 
 
 class Refusal(Exception):
-    """What the script will not do or go on with, in one line for its user."""
+    """Something that the script refuses to do; the command line prints it in one line."""
 
 
 def start_processes(stack, device):
-    """Rank and number of torchrun's processes, 0 and 1 without it, and the device of this one."""
+    """Rank, number of processes and own device; 0, 1 and device where torchrun does not run."""
     if not dist.is_torchelastic_launched():
         return 0, 1, device
     if not dist.is_initialized():
@@ -486,7 +495,7 @@ def start_processes(stack, device):
 
 
 def all_sum(*tensors, weight=1):
-    """Sum each tensor, times weight, over torchrun's processes, in place; returns the first."""
+    """Sum weight times each tensor over torchrun's processes, in place; return the first."""
     if dist.is_torchelastic_launched():
         dist.all_reduce(vector := weight * nn.utils.parameters_to_vector(tensors))
         nn.utils.vector_to_parameters(vector, tensors)
@@ -494,7 +503,7 @@ def all_sum(*tensors, weight=1):
 
 
 def make_envs(args, n):
-    """n copies of the environment as one: gymnasium's own vector version where there is one."""
+    """A vector environment of n copies, gymnasium's own vectorised version if it has one."""
     envs = gym.make_vec(args.env_id, n, **json.loads(args.env_kwargs))
     if (mode := envs.metadata.get("autoreset_mode")) != gym.vector.AutoresetMode.NEXT_STEP:
         raise Refusal(f"{args.env_id} resets its episodes by {mode}; {SCRIPT}.py needs NEXT_STEP")
@@ -503,7 +512,7 @@ def make_envs(args, n):
 
 
 def check_finite(what, x):
-    """Refuse to go on where a number in x, a nest of numbers and arrays, is not finite."""
+    """Refuse to continue if x, numbers and arrays in any nest, is not finite throughout."""
     for part in x.values() if isinstance(x, dict) else x if isinstance(x, (list, tuple)) else ():
         check_finite(what, part)
     if isinstance(x, (float, np.ndarray, Tensor)) and not math.isfinite(torch.as_tensor(x).sum()):
@@ -511,9 +520,9 @@ def check_finite(what, x):
 
 
 def make_env(args, video=""):
-    """The environment with flat observations, or images as they are: of Atari as DQN saw them.
+    """Make the environment, with flat observations or with images, Atari's as DQN saw them.
 
-    With --capture-video it records to folder video.
+    With --capture-video it records its episodes to the folder video, if one is given.
     """
     mistakes = gym.error.Error, ModuleNotFoundError, TypeError, ValueError
     atari = args.env_id.startswith("ALE/")
@@ -521,15 +530,15 @@ def make_env(args, video=""):
     try:
         kwargs = {**({"frameskip": 1} if atari else {}), **json.loads(args.env_kwargs)}
         env = gym.make("ale_py:" * atari + args.env_id, **kwargs, **render)
-        if atari:  # the last four of every fourth frame, grey, 84 x 84
+        if atari:  # 84 x 84, grey, every fourth frame, the last four of them
             env = gym.wrappers.FrameStackObservation(gym.wrappers.AtariPreprocessing(env), 4)
-        if args.capture_video:  # find out now whether it can draw itself
+        if args.capture_video:  # fail now, not after training, if it cannot render
             env.reset()
             env.render()
     except Exception if args.capture_video else mistakes as error:
         raise Refusal(f"{args.env_id} {args.env_kwargs}: {type(error).__name__} {error}") from error
     space = env.observation_space
-    image = re.search(r"\(\d+, \d+, \d+\), (uint8|bool)\)", str(space))  # space, or in a Dict
+    image = re.search(r"\(\d+, \d+, \d+\), (uint8|bool)\)", str(space))  # itself or inside
     known = IMAGES and isinstance(space, gym.spaces.Box) if image else space.is_np_flattenable
     if not known or not isinstance(env.action_space, ACTION_SPACES):
         raise Refusal(f"{SCRIPT}.py cannot learn {args.env_id}, {space} to {env.action_space}")
@@ -538,25 +547,25 @@ def make_env(args, video=""):
 
 
 def load(path, learner):
-    """The options and steps of the checkpoint at path, whose other parts go into learner."""
-    here = {"run_dir": "", "resume": "", "device": "cpu"}  # of this run and machine, not of that
+    """Load the checkpoint at path into learner; return its options and number of steps."""
+    here = {"run_dir": "", "resume": "", "device": "cpu"}  # these are this run's own
     try:
         checkpoint = torch.load(path, "cpu", weights_only=True, mmap=True)
         if checkpoint["script"] != SCRIPT:
-            raise Refusal(f"it is of {checkpoint['script']}.py")
+            raise Refusal(f"it was written by {checkpoint['script']}.py")
         for name, part in learner.items():
             part.load_state_dict(checkpoint[name])
         return Args(**checkpoint["args"] | here), checkpoint["env_steps"]
     except Exception as error:
-        why = error if isinstance(error, (OSError, Refusal)) else "damaged, or of other options"
+        why = error if isinstance(error, (OSError, Refusal)) else "damaged, or it has other options"
         raise Refusal(f"cannot resume from {path}: {why}") from error
 
 
 class Run(AbstractContextManager):
-    """A run: its directory, generators, log, evaluations and checkpoints.
+    """A run: its directory, random generators, log, evaluations and checkpoints.
 
-    `episodes`: (return, length) of the latest that ended; `learner`: all that a checkpoint keeps.
-    On an exception, Ctrl-C and SIGTERM too, it saves before it leaves; on a Refusal it does not.
+    `episodes` holds (return, length) of the last 100 episodes, `learner` what a checkpoint saves.
+    On an exception, also Ctrl-C and SIGTERM, the run is saved before it ends; on a Refusal not.
     """
 
     def __init__(self, args, rank=0, **learner):
@@ -584,16 +593,16 @@ class Run(AbstractContextManager):
         self.writer.close()
         if error and not isinstance(error, Refusal):
             self.save()
-            print(f"saved: --resume {self.dir}/checkpoint.pt goes on", file=sys.stderr)
+            print(f"saved: --resume {self.dir}/checkpoint.pt continues it", file=sys.stderr)
 
     def seed(self):
-        """Key all generators by (seed, step, rank), so that they are the same after a resume."""
+        """Seed all generators from (seed, step, rank): a resumed run draws the same numbers."""
         self.rng = np.random.default_rng([self.args.seed, self.step, self.rank + 1])
         for set_seed in random.seed, np.random.seed, torch.manual_seed:
             set_seed(int(self.rng.integers(2**32)))
 
     def log(self, **losses):
-        """Write to the log; evaluate and save where it is time to; key the generators anew."""
+        """Write to the log; evaluate and save when due; seed the generators for the next steps."""
         scalars = {f"losses/{name}": torch.as_tensor(x).item() for name, x in losses.items()}
         check_finite(f"{scalars} at step {self.step}", scalars)
         scalars["charts/SPS"] = (self.step - self.bar.initial) / self.bar.format_dict["elapsed"]
@@ -611,7 +620,7 @@ class Run(AbstractContextManager):
         self.seed()
 
     def save(self):
-        """Write the checkpoint aside, then put it in the place of the last one."""
+        """Write the checkpoint to a temporary file, then replace the last checkpoint by it."""
         began = time.time()
         checkpoint = {name: part.state_dict() for name, part in self.learner.items()}
         check_finite("weights or data", checkpoint)
@@ -626,9 +635,9 @@ class Run(AbstractContextManager):
         self.next_save = time.time() + max(self.args.checkpoint_every, 10 * (time.time() - began))
 
     def evaluate(self):
-        """Returns, not discounted, of episodes on seeds that training never sees, and their line.
+        """Play episodes on seeds that training never uses; print and return their returns.
 
-        An episode that has not ended after 100,000 steps is cut there.
+        Returns are not discounted. An episode is cut after 100,000 steps.
         """
         args, returns = self.args, np.zeros(self.args.eval_episodes)
         with make_env(args, f"{self.dir}/videos/{self.step}") as env:
@@ -648,12 +657,12 @@ class Run(AbstractContextManager):
 
 if __name__ == "__main__":
     for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        if signal.getsignal(n) != signal.SIG_IGN:  # nohup ignores SIGHUP
-            # The run saves on its way out; a second signal of the kind ends it at once.
+        if signal.getsignal(n) != signal.SIG_IGN:  # as SIGHUP is under nohup
+            # The run saves before it ends; a second signal of the same kind ends it at once.
             signal.signal(n, lambda n, _: (signal.signal(n, signal.SIG_DFL), sys.exit(128 + n)))
     try:
-        args = tyro.cli(Args, description=__doc__.splitlines()[0])
-        if args.resume:  # what the command line leaves out is as in the checkpoint
+        args = tyro.cli(Args, description=f"{__doc__.splitlines()[0]} Run options follow --env-id.")
+        if args.resume:  # options not given come from the checkpoint
             args = tyro.cli(Args, default=load(args.resume, {})[0])
         train(args)
     except Refusal as error:
