@@ -26,12 +26,13 @@ the rewards that would have followed; after termination nothing follows.
 
 Beyond the document: an entropy bonus; one clip of the gradient's norm and one optimiser for both
 networks; a learning rate that falls linearly; orthogonal initial weights. σ is learned, one for
-each action dimension. The environment gets actions clipped to its bounds, but log π_θ is that of
-the action before it was clipped. RMSprop divides a gradient by the root of its mean square, plus ε.
-Here ε is 0.1 (torch's is 1e-8), as is usual for A3C: while V_φ is accurate, gradients and their
-mean square shrink, and with a small ε the next failure would change all weights by a large step.
-Defaults that differ from the paper's carry over to more tasks: k is 32 (5 in the paper), the
-entropy bonus 0 (0.01 in the paper).
+each action dimension; in the paper it depends on the state. The environment gets actions clipped to
+its bounds, but log π_θ is that of the action before it was clipped. RMSprop divides a gradient by
+the root of its mean square, plus ε; the paper adds ε under the root. Here ε is 0.1 (torch's is
+1e-8), as is usual for A3C: while V_φ is accurate, gradients and their mean square shrink, and with
+a small ε the next failure would change all weights by a large step. Two defaults differ from the
+paper's because they carry over to more tasks: k is 32 (5 in the paper), the entropy bonus 0 (0.01
+in the paper).
 Under torchrun, the document's synchronous scheme, each process gets an equal part of the
 environments, and gradients are averaged over the real steps of all processes. For k = ∞ an
 environment whose episode has ended plays on until all episodes have ended. Those extra steps count
@@ -91,7 +92,7 @@ SCRIPT = "a2c"
 LOG_EVERY = 1_000  # environment steps
 ACTION_SPACES = gym.spaces.Discrete, gym.spaces.Box
 IMAGES = True  # whether observations may be images
-# Least and most. In a rollout of 1 step all environments could be resetting, with none to learn from.
+# Least and most. A rollout of 1 step might hold no real step to learn from.
 LIMITS = {"gamma": (0, 1), "num_steps": (2, 1e18), "k_step": (0, 1e18), "init_std": (1e-6, 1e6)}
 
 

@@ -30,9 +30,9 @@ Beyond the paper: a clip of the gradient's norm, without which some runs on Acro
 goal; L divided by k; a weight c_V; ε = 0.1 in RMSprop, for the reason given in a2c.py; networks of
 two hidden layers, which share layers only for images; orthogonal initial weights. σ is learned, one
 for each action dimension; in the paper it depends on the state. The environment gets actions
-clipped to its bounds, but log π_θ' is that of the action before it was clipped. Defaults that
-differ from the paper's carry over to more tasks: k is 32 (5 in the paper), the entropy bonus 0
-(0.01 in the paper). Two workers (16 in the paper) suit a machine of few cores.
+clipped to its bounds, but log π_θ' is that of the action before it was clipped. Two defaults differ
+from the paper's because they carry over to more tasks: k is 32 (5 in the paper), the entropy bonus
+0 (0.01 in the paper). Two workers (16 in the paper) suit a machine of few cores.
 
 Images, Boxes of bytes or bools with three axes, pass through convolutions that policy and critic
 share; a linear layer follows in each. They are not normalised, and rewards are clipped to [-1, 1]
@@ -40,8 +40,8 @@ before they are learned from. An ALE/ id is an Atari game: four grey frames of 8
 for four frames, and in v5 one action in four repeats the last (sticky actions).
 
 Logged: the steps of all workers; the episodes of worker 0 alone, which is the main process, and the
-losses and the entropy of its latest update. Workers are started by fork, which Linux and macOS have
-but Windows has not.
+losses and the entropy of its latest update. Workers are started by fork, so the script runs on Linux
+and macOS, not on Windows.
 
 Paper: Mnih et al. 2016, Asynchronous Methods for Deep Reinforcement Learning, arXiv 1602.01783,
 algorithm S3.
@@ -472,7 +472,7 @@ def train(args: Args) -> np.ndarray:
             if refused:
                 raise Refusal(why)
             raise
-        torch._foreach_copy_(own, shared_theta)  # the result, for the last checkpoint and evaluation
+        torch._foreach_copy_(own, shared_theta)  # the final weights, to save and evaluate
         run.step = steps.sum().item()
         if scalars:  # empty if the checkpoint already had all steps
             run.log(**scalars)

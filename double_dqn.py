@@ -89,7 +89,7 @@ LIMITS = {"gamma": (0, 1), "epsilon": (0, 1), "tau": (0, 1), "delta": (1e-9, 1e9
 
 @dataclasses.dataclass
 class Args:
-    total_timesteps: int = 50_000  # environment steps
+    total_timesteps: int = 80_000  # environment steps
     burn_in: int = 1_000  # steps of random actions before the first update; at least 1
     epsilon: float = 0.05  # ε, probability of a random action after its linear fall from 1
     epsilon_steps: int = 20_000  # steps from the end of burn-in until ε has fallen

@@ -21,14 +21,14 @@ trajectory has not yet ended at t.  b_... holds the B steps of all trajectories,
 An environment whose trajectory has ended plays on until all trajectories have ended. Those extra
 steps count towards --total-timesteps, but nothing is learned from them. Where a time limit
 (truncated) or --max-steps cuts a trajectory, V_φ of the last state stands for the rewards that
-would have followed. Without a state baseline there is no V_φ, and the cut return is used as it is.
+would have followed. With the other baselines V_φ is not used, and the cut return is left as it is.
 
 Bias of the baselines: the means b and b_t contain the very return from which they are subtracted,
 and so shrink the expected gradient. Let g be the expected gradient without a baseline. With b_t, or
 with R(τ) as the weight and either mean, it becomes (N-1)/N g, whatever the lengths of the
-trajectories. With b and G_t it becomes g - 1/N ∇E[R(τ)], which is the same if γ = 1. V_φ is fitted
-to a batch only after it was the baseline there, so it leaves g as it is. With G_t and γ < 1, g
-itself lacks the factor γ^t of the exact gradient, as is usual.
+trajectories. With b and G_t it becomes g - 1/N ∇E[R(τ)], which is the same if γ = 1. V_φ is the
+baseline of a batch before it is fitted to it, and leaves g as it is. With G_t and γ < 1, g itself
+lacks the factor γ^t of the exact gradient, as is usual.
 
 Beyond the document: --standardize subtracts the mean of the batch's weights and divides by their
 standard deviation, so it also rescales the gradient. Adam takes the gradient steps, with ε = 1e-5
@@ -96,7 +96,7 @@ class Args:
     total_timesteps: int = 150_000  # environment steps, over all environments and processes
     num_envs: int = 16  # N, trajectories in an update, shared out among torchrun's processes
     max_steps: int = 10_000  # cut a trajectory after so many steps, as a time limit does
-    weight: Literal["to-go", "trajectory"] = "to-go"  # of a step: return from it on, or of the whole
+    weight: Literal["to-go", "trajectory"] = "to-go"  # of a step: return from it on, or whole return
     baseline: Literal["none", "constant", "time", "state"] = "state"  # 0, mean, mean at t or value
     standardize: bool = True  # shift and scale a batch's weights to mean 0, standard deviation 1
     gamma: float = 0.99  # γ, the discount factor
