@@ -38,10 +38,11 @@ environments, and gradients are averaged over the real steps of all processes. F
 environment whose episode has ended plays on until all episodes have ended. Those extra steps count
 towards --total-timesteps, but nothing is learned from them.
 
-Images, Boxes of bytes or bools with three axes, pass through convolutions that policy and critic
-share; a linear layer follows in each. They are not normalised, and rewards are clipped to [-1, 1]
-before they are learned from. An ALE/ id is an Atari game: four grey frames of 84 x 84, one action
-for four frames, and in v5 one action in four repeats the last (sticky actions).
+Observations that are images (Boxes of bytes or bools with three axes) pass through convolutions
+that policy and critic share; each network adds a linear layer. Images are not normalised. With
+--clip-rewards their rewards are clipped to [-1, 1] for learning; logs show them unclipped. An ALE/
+id is an Atari game: its observation is the last four grey frames of 84 x 84, an action lasts four
+frames, and in v5 the game repeats the previous action with probability 1/4 (sticky actions).
 
 Logged: the losses and the entropy of the latest update.
 
@@ -117,7 +118,7 @@ class Args:
     seed: int = 1  # random seed; the same one gives the same weights on the same machine
     device: Literal["cpu", "cuda"] = "cpu"  # where networks compute; checkpoints do not keep it
     run_dir: str = ""  # directory to write to; runs/<env-id>__<script>__<seed>__<time> if empty
-    eval_episodes: int = 20  # greedy episodes in an evaluation, each of at most 100,000 steps
+    eval_episodes: int = 20  # greedy episodes in an evaluation, each of at most 100000 steps
     eval_every: int = 0  # environment steps between evaluations; 0: evaluate only at the end
     capture_video: bool = False  # record the evaluations as videos in <run-dir>/videos
     checkpoint_every: int = 60  # seconds between checkpoints; 0: save only when the run ends
@@ -186,9 +187,9 @@ def k_step_advantages(rewards, values, terminated, truncated, gamma, k):
     k = 1 is [Advantage Actor-Critic (A2C), eq. 1] and
     [How do we learn the state-dependent baseline $V^\pi(s)$?, eq. 9]; k = ∞ on whole episodes is
     [How do we learn the state-dependent baseline $V^\pi(s)$?, eq. 8].
-    The recursion over k: 0 rewards are V, and one more is r_t + γ G_{t+1} with one less.
+    Each pass of the loop adds a reward to every return: with 0 rewards it is V(s_t).
     rewards, terminated, truncated: (T, ...); values, V of s_0 to s_T: (T+1, ...). Returns (T, ...),
-    in units of reward: those of reset steps are meaningless, and no other advantage reads them.
+    in units of reward: those at reset steps are meaningless, but no other advantage uses them.
     """
     returns = values.clone()
     discount = gamma * ~terminated
@@ -201,7 +202,7 @@ def k_step_advantages(rewards, values, terminated, truncated, gamma, k):
 def policy_gradient_loss(logp, advantages):
     """-E[log π_θ(a|s) A], whose gradient is -ĝ of [The Core Actor-Critic Framework, eq. 1]
 
-    But for a factor: the mean is over steps, the document's over trajectories.
+    It differs by a constant factor: the mean here is over steps, there over trajectories.
     logp log π_θ, advantages A, constants: (B,). Returns (), to be minimised, in units of reward.
     """
     return -(logp * advantages).mean()
@@ -210,7 +211,7 @@ def policy_gradient_loss(logp, advantages):
 def value_loss(values, returns):
     r"""E[(V_φ(s_t) - G_t)²]   [How do we learn the state-dependent baseline $V^\pi(s)$?, eq. 4]
 
-    The document's G_t is a Monte Carlo return; ours, A_t + V_φ(s_t), may end in a value.
+    The document's G_t is a Monte Carlo return; ours, A_t + V_φ(s_t), may bootstrap from V_φ.
     values V_φ, returns G: (B,). Returns (), to be minimised, in squared units of reward.
     """
     return nn.functional.mse_loss(values, returns)
@@ -227,7 +228,7 @@ class Torso(nn.Sequential):
 
     def __init__(self, space):
         relu, layers = nn.ReLU(), [nn.LazyConv2d(16, 3), nn.ReLU()]
-        if space.shape[1] >= 36:  # in Nature 32 of 8 x 8, 64 of 4 x 4, 64 of 3 x 3, 512 features
+        if space.shape[1] >= 36:  # DQN in Nature: (32, 8, 4), (64, 4, 2), (64, 3, 1) and 512
             layers = [nn.LazyConv2d(16, 8, 4), relu, nn.Conv2d(16, 32, 4, 2), relu]
         super().__init__(*layers, nn.Flatten(), nn.LazyLinear(256), relu)
         self.axis = 1 if space.shape[0] < space.shape[2] else 3  # of the channels, in a batch
@@ -241,9 +242,9 @@ class Torso(nn.Sequential):
 
 
 def mlp(env, args, outputs, gain):
-    """Two tanh layers and a linear one, after a torso the linear one alone.
+    """Two tanh layers and a linear layer; for images only the linear layer, after the torso.
 
-    Orthogonal weights, those of the last layer times gain.
+    Weights are orthogonal, scaled by gain in the last layer.
     """
     shape, hidden = env.observation_space.shape, args.hidden
     sizes = [shape[0], hidden, hidden, outputs] if len(shape) == 1 else [256, outputs]
@@ -323,7 +324,7 @@ class SoftmaxPolicy(nn.Sequential):
 class GaussianPolicy(nn.Sequential):
     """π_θ(a|s) = N(a | m_θ(s), diag σ²) over a Box: obs (..., obs_dim) to m_θ (..., d).
 
-    m_θ is the document's μ_θ, whose letter is the behaviour policy's here.
+    The document calls m_θ μ_θ; here μ is the behaviour policy.
     """
 
     def __init__(self, env, args, *first):
@@ -368,9 +369,9 @@ def train(args: Args) -> np.ndarray:
         rank, world, device = start_processes(stack, args.device)
         N, whole = args.num_envs // world, args.k_step == 0
         if args.num_envs % world:
-            raise Refusal(f"--num-envs {args.num_envs} cannot be shared out to {world} processes")
+            raise Refusal(f"--num-envs {args.num_envs} must be a multiple of the {world} processes")
 
-        # 1. Initialise, alike in every process.
+        # 1. Initialise, with the same weights in every process.
         torch.manual_seed(args.seed)
         env = stack.enter_context(make_env(args))
         image = len(env.observation_space.shape) > 1
@@ -387,7 +388,7 @@ def train(args: Args) -> np.ndarray:
         )
         stack.callback(torch.set_num_threads, torch.get_num_threads())
         if not image and args.hidden * N * args.num_steps < 2**16:
-            torch.set_num_threads(1)  # threads slow down layers this small
+            torch.set_num_threads(1)  # for layers this small, threads cost more than they save
 
         # obs[t + 1] is the true successor of obs[t], also where an episode ended. The step after an
         # end is the reset step: its action was ignored, its reward is 0, and real is False there.
@@ -436,7 +437,7 @@ def train(args: Args) -> np.ndarray:
                 rows = s, a, advantages, advantages + values[:-1]
                 b_obs, b_actions, b_advantages, b_returns = (x[real_steps].to(device) for x in rows)
             total, steps = all_sum(torch.tensor([len(b_obs), steps])).tolist()
-            share = len(b_obs) / total  # the weight of this process
+            share = len(b_obs) / total  # this process's share of the real steps
 
             # 4. Loss, which is -L.
             output = policy(b_obs)

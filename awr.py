@@ -1,4 +1,4 @@
-r"""Advantage-Weighted Regression: imitate the actions of a replay buffer, the better the more.
+r"""Advantage-Weighted Regression: imitate actions from a replay buffer, better ones more strongly.
 
 Derivations: "The Performance Difference Lemma", "The Optimization Problem",
 "Advantage Weighted Regression (AWR)", "How Do We Actually Use This Oracle Solution?",
@@ -8,46 +8,53 @@ earlier sections "Gaussian Policy", "Softmax Policy",
 "How do we learn the state-dependent baseline $V^\pi(s)$?".
 
     1.  Initialise the policy π_θ, the critic V_φ and an empty buffer D.
-    2.  Let π_θ act for T steps in each of N environments; D keeps the last K of these rollouts.
-        Its behaviour policy μ is the mixture of all that acted in them.
+    2.  Let π_θ act for T steps in each of N environments; D keeps the K latest of these rollouts.
+        Their behaviour policy μ is the mixture of the policies that acted in them.
     3.  Add the new observations to the statistics that normalise them.
     4.  TD(λ) returns G of all steps in D, with the present V_φ.
     5.  Critic: Adam steps on φ down the gradient of E_D[(V_φ(s) - G)²].
-    6.  TD(λ) returns again, with the new V_φ, and advantages A^μ = G - V_φ, standardised.
+    6.  TD(λ) returns G again, with the new V_φ. Advantages A^μ = G - V_φ, standardised over D.
     7.  w = min(exp(A^μ / α), w_max)
     8.  Actor: Adam steps on θ up the gradient of E_D[w log π_θ(a|s)] - penalty; repeat from 2.
 
-Notation: of one rollout: s_t, a_t, r_t -> obs, actions, rewards, (T+1, N, obs_dim), (T, N) or
-(T, N, action_dim), (T, N).  Of all in D: s, a, r -> s, a, r;  V_φ, A^μ -> values, advantages: the
-same with K before N.  b_... holds the B real steps of D, flat: G, A^μ, w -> b_returns,
-b_advantages, b_weights -> (B,);  mb_... those of a minibatch, for which log π_θ -> logp.
+Notation, for one rollout: s_t -> obs -> (T+1, N, obs_dim);  a_t -> actions -> (T, N) or
+(T, N, action_dim);  r_t -> rewards -> (T, N).  For all K rollouts in D: s, a, r -> s, a, r;
+V_φ, G -> values, returns: the same shapes with K before N.  The step after the end of an episode
+only resets the environment; all other steps are real.  b_... holds the B real steps of D, flat:
+G, A^μ, w -> b_returns, b_advantages, b_weights -> (B,).  mb_... holds those of a minibatch; there
+log π_θ -> logp.
 
-A time limit (truncated) cuts the trace of a return but not the value: only terminated does. The end
-of a rollout is as a time limit: V_φ(s_T) stands for what follows.
+The sum in a return stops where its episode ends. After a time limit (truncated), and at the end of
+a rollout, V_φ of the last state stands for the rewards that would have followed; after termination
+nothing follows.
 
-Beyond the document, as in the authors' code: TD(λ) returns, G = A + V with the A of GAE(λ)
-(Schulman et al. 2016, arXiv 1506.02438); weights clipped at w_max; advantages standardised over D,
-for which α = 1 (the paper's text has them raw, with α = 0.05); observations centred and divided by
-their running deviation; a critic network that gives (1 - γ) V_φ; a σ that is not learned; penalties
-of 10 · ½ E[‖excess‖²] on mean actions out of bounds and of 0.001 · ½ E[‖h_θ‖²] on logits. The ½ is
-in the code's losses. Its critic's loss has one too, which Adam does not see and we leave out.
+Beyond the document, as in the authors' code: TD(λ) returns G = A + V_φ, with the A of generalised
+advantage estimation, GAE(λ) (Schulman et al. 2016, arXiv 1506.02438); weights clipped at w_max;
+advantages standardised over D, with α = 1 (in the paper's text they are raw, with α = 0.05);
+observations from which their running mean is subtracted, divided by their running standard
+deviation; a critic network whose output is (1 - γ) V_φ; a σ that is not learned; a penalty. Where
+actions have bounds, it is 10 · ½ E[‖excess‖²], with excess the part of the mean action beyond them.
+For logits h_θ it is 0.001 · ½ E[‖h_θ‖²]. The code's critic loss has a factor ½ too, left out here
+because Adam's steps hardly depend on it.
 
 Unlike that code: Adam, with ε = 1e-5 (torch's is 1e-8), in place of gradient descent with momentum,
-whose step sizes (1e-2 on φ, 1e-5 to 5e-4 on θ) say nothing of ours; two tanh layers of one size and
-orthogonal initial weights, in place of ReLU layers of 128 and 64. The code collects whole episodes
-until it has 2,048 steps, and makes more updates the more it got beyond; ours has T steps of each
-environment and as many updates each time, some steps fewer being reset steps. Its minibatches are
-passes through D in a shuffled order; ours are drawn with replacement. Its statistics of
-observations change after the updates (the first time before them) and freeze after 100,000 to
-300,000 steps; ours change before the updates, so that the policy acts as it learned to, and never
-freeze. Normalised observations are clipped to [-10, 10] here.
+whose step sizes (1e-2 on φ, 1e-5 to 5e-4 on θ) do not suit Adam; two tanh layers of equal size and
+orthogonal initial weights, in place of ReLU layers of 128 and 64 units. The code collects whole
+episodes until it has at least 2,048 steps, and makes updates in proportion to their number. Here a
+rollout is T steps in each environment, including the steps that only reset it, and the number of
+updates is always the same. The code's minibatches are passes through D in a shuffled order; ours
+are drawn with replacement. The code's statistics of observations change after the updates (the
+first time before them), and not at all after 100,000 to 300,000 steps. Ours change before the
+updates, so that the policy acts with the statistics that it was trained with, and never stop.
+Normalised observations are clipped to [-10, 10] here. All other defaults are the code's.
 
-With --data nothing acts: the rollouts in the buffer of another run's checkpoint come into D one by
-one, as if they were acted now, and their steps are counted as they come. The last ends the run.
+With --data no policy acts. Instead, the rollouts in the buffer of another run's checkpoint enter D
+one by one, as if each had just been played. Their steps count towards --total-timesteps, and the
+run ends with the last of them at the latest.
 
-Logged: losses are means over all updates of an iteration, value_loss in terms of (1 - γ) V_φ;
-effective_sample_size is that of all weights in D, last_entropy that of the policy after its last
-update, over all of D.
+Logged: losses are means over all updates since the latest rollout; value_loss is the squared error
+of (1 - γ) V_φ. effective_sample_size is that of the weights of all steps in D. last_entropy is that
+of the policy after its last update, averaged over D.
 
 Paper: Peng et al. 2019, Advantage-Weighted Regression, arXiv 1910.00177.
 """
@@ -91,30 +98,30 @@ from tqdm import tqdm
 
 SCRIPT = "awr"
 ACTION_SPACES = gym.spaces.Discrete, gym.spaces.Box
-# Least and most of options; of the others the least is 0, of sizes 1.
 IMAGES = False  # whether observations may be images
+# Least and most of these options. Other numbers are at least 0, counts at least 1.
 LIMITS = {"gamma": (0, 0.99999), "gae_lambda": (0, 1), "alpha": (1e-6, 1e9), "init_std": (1e-6, 9)}
 
 
 @dataclasses.dataclass
 class Args:
-    total_timesteps: int = 80_000  # environment steps; with --data at most those that it holds
-    num_envs: int = 16  # N, environments
+    total_timesteps: int = 80_000  # environment steps; with --data at most those in its checkpoint
+    num_envs: int = 16  # N, environments that are stepped together
     num_steps: int = 128  # T, steps of each environment between updates
-    buffer_size: int = 50_000  # steps kept, in whole rollouts of N T
-    data: str = ""  # checkpoint to learn from without acting, of the same N and T
-    critic_steps: int = 200  # steps on φ in an iteration
-    actor_steps: int = 1_000  # steps on θ in an iteration
+    buffer_size: int = 50_000  # steps in the replay buffer, rounded down to whole rollouts of N T
+    data: str = ""  # checkpoint of awr.py with the same N and T: learn from its buffer, do not act
+    critic_steps: int = 200  # Adam steps of the critic after each rollout
+    actor_steps: int = 1_000  # Adam steps of the policy after each rollout
     batch_size: int = 256  # environment steps in a minibatch
-    alpha: float = 1.0  # α, the temperature, in deviations of A^μ, or in its units if that is raw
-    norm_advantages: bool = True  # standardise A^μ over the buffer; raw it wants another --alpha
-    max_weight: float = 20.0  # w_max, where weights are clipped
+    alpha: float = 1.0  # α, temperature: an action is weighted by exp(advantage / α)
+    norm_advantages: bool = True  # standardise advantages over the buffer; if not, adapt --alpha
+    max_weight: float = 20.0  # w_max: larger weights are clipped to this
     gamma: float = 0.99  # γ, the discount factor
-    gae_lambda: float = 0.95  # λ of the returns: 0 is the one-step one, 1 the Monte Carlo one
-    actor_learning_rate: float = 5e-5  # Adam's step size on θ
-    critic_learning_rate: float = 1e-3  # Adam's step size on φ
+    gae_lambda: float = 0.95  # λ of the TD(λ) returns; 0: one-step, 1: Monte Carlo
+    actor_learning_rate: float = 5e-5  # Adam's step size for the policy
+    critic_learning_rate: float = 1e-3  # Adam's step size for the critic
     norm_obs: bool = True  # normalise observations by their running mean and standard deviation
-    init_std: float = 0.4  # σ of the Gaussian policy, always; 1 is half a bounded action's range
+    init_std: float = 0.4  # constant σ of a Gaussian policy; 1 is half the range of an action
     hidden: int = 128  # units in each of the two hidden layers
 
     env_id: str = "CartPole-v1"  # gymnasium id of the environment; module:Name-v0 imports module
@@ -122,7 +129,7 @@ class Args:
     seed: int = 1  # random seed; the same one gives the same weights on the same machine
     device: Literal["cpu", "cuda"] = "cpu"  # where networks compute; checkpoints do not keep it
     run_dir: str = ""  # directory to write to; runs/<env-id>__<script>__<seed>__<time> if empty
-    eval_episodes: int = 20  # greedy episodes in an evaluation, each of at most 100,000 steps
+    eval_episodes: int = 20  # greedy episodes in an evaluation, each of at most 100000 steps
     eval_every: int = 0  # environment steps between evaluations; 0: evaluate only at the end
     capture_video: bool = False  # record the evaluations as videos in <run-dir>/videos
     checkpoint_every: int = 60  # seconds between checkpoints; 0: save only when the run ends
@@ -190,9 +197,9 @@ def gae(rewards, values, terminated, truncated, gamma, gae_lambda):
     """A_t = δ_t + γλ (1 - ended_t) A_{t+1},   δ_t = r_t + γ (1 - terminated_t) V(s_{t+1}) - V(s_t)
 
     [Review: Actor-Critic and the Advantage Function, eq. 2] and Schulman et al. 2016, eq. 16.
-    Both kinds of end cut the trace, terminated alone the value of the successor.
+    The sum stops at both kinds of end; V(s_{t+1}) counts as 0 only after termination.
     rewards, terminated, truncated: (T, N); values, V of s_0 to s_T: (T+1, N). Returns (T, N), in
-    units of reward: those of reset steps are meaningless, and no other advantage reads them.
+    units of reward: those at reset steps are meaningless, but no other advantage uses them.
     """
     deltas = rewards + gamma * ~terminated * values[1:] - values[:-1]
     traces = gamma * gae_lambda * ~(terminated | truncated)
@@ -205,7 +212,7 @@ def gae(rewards, values, terminated, truncated, gamma, gae_lambda):
 def value_loss(values, returns):
     r"""E[(V_φ(s_t) - G_t)²]   [How do we learn the state-dependent baseline $V^\pi(s)$?, eq. 4]
 
-    The document's G_t is a Monte Carlo return; ours, A_t + V_φ(s_t), may end in a value.
+    The document's G_t is a Monte Carlo return; ours, A_t + V_φ(s_t), may bootstrap from V_φ.
     values V_φ, returns G: (B,). Returns (), to be minimised, in squared units of reward.
     """
     return nn.functional.mse_loss(values, returns)
@@ -214,8 +221,8 @@ def value_loss(values, returns):
 def advantage_weights(advantages, alpha, max_weight):
     """w = min(exp(A^μ / α), w_max)   [Advantage Weighted Regression (AWR), eq. 3]
 
-    Times μ(a|s), and not clipped, this is π*(a|s) but for its normalisation.
-    advantages A^μ: (B,); alpha α > 0, in their units. Returns (B,), in (0, w_max].
+    Without the clip, μ(a|s) w is proportional to π*(a|s).
+    advantages A^μ: (B,); alpha α > 0, in the units of A^μ. Returns (B,), in (0, w_max].
     """
     return (advantages / alpha).exp().clamp(max=max_weight)
 
@@ -223,26 +230,27 @@ def advantage_weights(advantages, alpha, max_weight):
 def weighted_log_likelihood(weights, logp):
     """E_D[w log π_θ(a|s)]   [The Practical AWR Algorithm, eq. 1]
 
-    With a ~ μ in D, this is [How Do We Actually Use This Oracle Solution?, eq. 1].
+    Since the actions in D are drawn from μ, this is also
+    [How Do We Actually Use This Oracle Solution?, eq. 1].
     weights w, logp log π_θ: (B,). Returns (), to be maximised.
     """
     return (weights * logp).mean()
 
 
 def excess_penalty(output, limit):
-    """½ E[Σ_j max(|x_j| - b_j, 0)²], what [The Practical AWR Algorithm] is to stay within
+    """½ E[Σ_j max(|x_j| - b_j, 0)²], a penalty on the policy of [The Practical AWR Algorithm]
 
-    Beyond the document. output x, mean actions or logits: (B, d); limit b ≥ 0: (d,). Returns (), to
-    be minimised.
+    It is not in the document. output x, mean actions or logits: (B, d); limit b ≥ 0: (d,). Returns
+    (), to be minimised.
     """
     return 0.5 * (output.abs() - limit).clamp(min=0).pow(2).sum(-1).mean()
 
 
 def effective_sample_size(weights):
-    r"""(Σw)² / (n Σw²), which falls as α does   [The Role of Temperature $\alpha$]
+    r"""(Σw)² / (n Σw²), which falls with α   [The Role of Temperature $\alpha$]
 
-    weights w: (n,). Returns (), from 1/n, where one sample has all the weight, to 1, where all w
-    are equal.
+    weights w: (n,). Returns (), between 1/n (one sample has all the weight) and 1 (all weights are
+    equal).
     """
     return weights.sum() ** 2 / (len(weights) * weights.pow(2).sum())
 
@@ -251,7 +259,7 @@ def effective_sample_size(weights):
 
 
 class RunningNorm(nn.Module):
-    """(x - mean) / deviation, clipped to [-10, 10]; both are of all rows passed to include."""
+    """(x - mean) / deviation, clipped to [-10, 10]; both taken over all rows given to include."""
 
     def __init__(self, *shape):
         super().__init__()
@@ -275,7 +283,7 @@ class RunningNorm(nn.Module):
 
 
 def mlp(env, args, outputs, gain):
-    """Two tanh layers and a linear one; orthogonal weights, those of the last times gain."""
+    """Two tanh layers and a linear layer; orthogonal weights, scaled by gain in the last."""
     obs_dim, hidden = env.observation_space.shape[0], args.hidden
     layers = nn.Linear(obs_dim, hidden), nn.Linear(hidden, hidden), nn.Linear(hidden, outputs)
     for layer in layers:
@@ -351,7 +359,7 @@ class SoftmaxPolicy(nn.Sequential):
 class GaussianPolicy(nn.Sequential):
     """π_θ(a|s) = N(a | m_θ(s), diag σ²) over a Box: obs (..., obs_dim) to m_θ (..., d).
 
-    m_θ is the document's μ_θ, whose letter is the behaviour policy's here.
+    The document calls m_θ μ_θ; here μ is the behaviour policy.
     """
 
     def __init__(self, env, args, *first):
@@ -387,7 +395,7 @@ def make_policy(env, args):
 
 
 def output_limits(env):
-    """b of excess_penalty, (d,): 0 for logits, 1 for actions that box_actions scales, or else ∞."""
+    """Limits b of excess_penalty, (d,): 0 for logits, 1 for bounded actions, ∞ for all others."""
     space = env.action_space
     if isinstance(space, gym.spaces.Discrete):
         return torch.zeros(int(space.n))
@@ -399,7 +407,7 @@ def output_limits(env):
 
 
 class TrajectoryBuffer:
-    """The last `size` rollouts, lists of arrays (T or T+1, N, ...); the oldest is overwritten."""
+    """The latest `size` rollouts, as arrays (T or T+1, N, ...); new ones replace the oldest."""
 
     def __init__(self, size, rollout):
         try:
@@ -415,15 +423,15 @@ class TrajectoryBuffer:
         self.added += 1
 
     def tensors(self):
-        """The rollouts so far side by side: for each array (T or T+1, K, N, ...)."""
+        """All rollouts so far: a tensor (T or T+1, K, N, ...) for each array of a rollout."""
         return [torch.from_numpy(rows[: self.added]).transpose(0, 1) for rows in self.data]
 
     def state_dict(self):
-        """What a checkpoint holds: the rollouts so far, not copied."""
+        """The rollouts so far, for a checkpoint; they are not copied."""
         return {"added": self.added, "data": [torch.from_numpy(x[: self.added]) for x in self.data]}
 
     def load_state_dict(self, state):
-        """Take the rollouts of a checkpoint; ValueError where they do not fit."""
+        """Take over the rollouts of a checkpoint; raise ValueError if they do not fit."""
         for rows, saved in zip(self.data, state["data"]):
             if rows.shape[1:] != saved.shape[1:]:
                 raise ValueError(f"rollouts of {saved.shape[1:]}, not of {rows.shape[1:]}")
@@ -432,7 +440,7 @@ class TrajectoryBuffer:
 
 
 def draw(batch, size, steps):
-    """`steps` minibatches of `size` rows of batch, some tensors, drawn with replacement."""
+    """Yield `steps` minibatches: `size` rows of the tensors in batch, drawn with replacement."""
     for rows in torch.randint(len(batch[0]), (steps, size), device=batch[0].device):
         yield [x.index_select(0, rows) for x in batch]
 
@@ -445,7 +453,7 @@ def train(args: Args) -> np.ndarray:
     T, N, gamma, device = args.num_steps, args.num_envs, args.gamma, args.device
     size = args.buffer_size // (N * T)
     if size == 0:
-        raise Refusal(f"--buffer-size {args.buffer_size}: less than a rollout of {N} x {T} steps")
+        raise Refusal(f"--buffer-size {args.buffer_size}: less than one rollout of {N} x {T} steps")
     with ExitStack() as stack:
         # 1. Initialise.
         torch.manual_seed(args.seed)
@@ -454,7 +462,7 @@ def train(args: Args) -> np.ndarray:
         policy = make_policy(env, args).to(device)
         norm = [policy[0]] if args.norm_obs else []  # the same one for both networks
         critic = nn.Sequential(*norm, *mlp(env, args, 1, gain=0.01)).to(device)  # (1 - γ) V_φ
-        # θ is without σ, which stays as it is: the gradient it gets is not read.
+        # θ excludes σ, which is not learned: the optimiser ignores its gradient.
         theta = [x for layer in policy for x in layer.parameters()]
         actor_optimizer = torch.optim.Adam(theta, eps=1e-5, fused=True)
         critic_optimizer = torch.optim.Adam(critic.parameters(), eps=1e-5, fused=True)
@@ -462,7 +470,7 @@ def train(args: Args) -> np.ndarray:
         # obs[t + 1] is the true successor of obs[t], also where an episode ended. The step after an
         # end is the reset step: its action was ignored, its reward is 0, and real is False there.
         obs = np.zeros((T + 1, *envs.observation_space.shape), np.float32)  # (T+1, N, obs_dim)
-        # The weight of the penalty is the authors', for logits and for mean actions.
+        # The weight of the penalty, 0.001 for logits and 10 for mean actions, is the authors'.
         actions, penalty = np.zeros((T, N), np.int64), 1e-3
         if isinstance(env.action_space, gym.spaces.Box):
             actions, penalty = np.zeros((T, N, env.action_space.low.size), np.float32), 10
@@ -474,7 +482,7 @@ def train(args: Args) -> np.ndarray:
         buffer = TrajectoryBuffer(size, rollout)
         if args.data:
             if load(args.data, {"buffer": buffer})[0].env_id != args.env_id:
-                raise Refusal(f"--data {args.data}: of another environment than {args.env_id}")
+                raise Refusal(f"--data {args.data}: its environment is not {args.env_id}")
             held = buffer.tensors()[-1].sum().item()  # real steps
             args = dataclasses.replace(args, total_timesteps=min(args.total_timesteps, held))
             buffer.added = 0
@@ -486,19 +494,19 @@ def train(args: Args) -> np.ndarray:
         critic_optimizer.param_groups[0]["lr"] = args.critic_learning_rate
         stack.callback(torch.set_num_threads, torch.get_num_threads())
         if args.hidden**2 * args.batch_size < 2**23:
-            torch.set_num_threads(1)  # threads slow down layers this small
+            torch.set_num_threads(1)  # for layers this small, threads cost more than they save
         episode_return, episode_length = np.zeros((2, N))
         obs[T], _ = envs.reset(seed=random.getrandbits(29))
 
         while run.step < args.total_timesteps:
-            # 2. π_θ acts. Nothing is computed but what the next action needs.
+            # 2. π_θ acts, or with --data the next saved rollout enters D.
             if args.data:
-                buffer.added += 1  # the rollout is there already
+                buffer.added += 1  # the saved rollout is already there
             else:
                 obs[0], real[0] = obs[T], real[T]
                 mu = in_numpy(policy)
                 for t in range(T):
-                    actions[t] = policy.sample(mu(obs[t]), run.rng)
+                    actions[t] = policy.sample(pi(obs[t]), run.rng)
                     outcome = envs.step(policy.to_env(actions[t]))
                     obs[t + 1], rewards[t], terminated[t], truncated[t], _ = outcome
                     real[t + 1] = ~(terminated[t] | truncated[t])
@@ -552,7 +560,7 @@ def train(args: Args) -> np.ndarray:
                 logp = policy.log_prob(output, mb_actions)
                 objective = weighted_log_likelihood(mb_weights, logp)
                 loss = penalty * excess_penalty(output, limits) - objective
-                for x in theta:  # as zero_grad does, in less time
+                for x in theta:  # does what zero_grad does, but faster
                     x.grad = None
                 loss.backward()
                 actor_optimizer.step()

@@ -98,7 +98,7 @@ class Args:
     seed: int = 1  # random seed; the same one gives the same weights on the same machine
     device: Literal["cpu", "cuda"] = "cpu"  # where networks compute; checkpoints do not keep it
     run_dir: str = ""  # directory to write to; runs/<env-id>__<script>__<seed>__<time> if empty
-    eval_episodes: int = 20  # greedy episodes in an evaluation, each of at most 100,000 steps
+    eval_episodes: int = 20  # greedy episodes in an evaluation, each of at most 100000 steps
     eval_every: int = 0  # environment steps between evaluations; 0: evaluate only at the end
     capture_video: bool = False  # record the evaluations as videos in <run-dir>/videos
     checkpoint_every: int = 60  # seconds between checkpoints; 0: save only when the run ends
@@ -318,7 +318,7 @@ def train(args: Args) -> np.ndarray:
             optimizer.param_groups[0]["lr"] = args.learning_rate  # a checkpoint's may be another
         stack.callback(torch.set_num_threads, torch.get_num_threads())
         if args.hidden**2 * args.batch_size < 2**23:
-            torch.set_num_threads(1)  # threads slow down layers this small
+            torch.set_num_threads(1)  # for layers this small, threads cost more than they save
 
         rewards, losses = [], []
         first = deque(maxlen=100)  # (start_value, start_return) of the latest episodes

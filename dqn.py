@@ -32,10 +32,11 @@ centred and divided by their running deviation, and clipped to [-10, 10]: withou
 rate does not suit several tasks. The defaults, N = 5 among them (the paper's is 1), are for tasks
 of a hundred thousand steps.
 
-Images, Boxes of bytes or bools with three axes, pass through convolutions and a linear layer. They
-are not normalised, and rewards are clipped to [-1, 1] before they are learned from. An ALE/ id is
-an Atari game: four grey frames of 84 x 84, one action for four frames, and in v5 one action in four
-repeats the last (sticky actions). 100,000 transitions of Atari take 5.3 GiB: see --buffer-size.
+Observations that are images (Boxes of bytes or bools with three axes) pass through convolutions and
+a linear layer. Images are not normalised. With --clip-rewards their rewards are clipped to [-1, 1]
+for learning; logs show them unclipped. An ALE/ id is an Atari game: its observation is the last
+four grey frames of 84 x 84, an action lasts four frames, and in v5 the game repeats the previous
+action with probability 1/4 (sticky actions). 100,000 transitions of Atari take 5.3 GiB of memory.
 
 Logged: start_value is max_a Q at the first observations of the latest episodes, start_return the
 discounted return that followed, random actions included.
@@ -116,7 +117,7 @@ class Args:
     seed: int = 1  # random seed; the same one gives the same weights on the same machine
     device: Literal["cpu", "cuda"] = "cpu"  # where networks compute; checkpoints do not keep it
     run_dir: str = ""  # directory to write to; runs/<env-id>__<script>__<seed>__<time> if empty
-    eval_episodes: int = 20  # greedy episodes in an evaluation, each of at most 100,000 steps
+    eval_episodes: int = 20  # greedy episodes in an evaluation, each of at most 100000 steps
     eval_every: int = 0  # environment steps between evaluations; 0: evaluate only at the end
     capture_video: bool = False  # record the evaluations as videos in <run-dir>/videos
     checkpoint_every: int = 60  # seconds between checkpoints; 0: save only when the run ends
@@ -232,7 +233,7 @@ def soft_update(target, theta, tau):
 
 
 class RunningNorm(nn.Module):
-    """(x - mean) / deviation, clipped to [-10, 10]; both are of all rows passed to include."""
+    """(x - mean) / deviation, clipped to [-10, 10]; both taken over all rows given to include."""
 
     def __init__(self, *shape):
         super().__init__()
@@ -263,7 +264,7 @@ class Torso(nn.Sequential):
 
     def __init__(self, space):
         relu, layers = nn.ReLU(), [nn.LazyConv2d(16, 3), nn.ReLU()]
-        if space.shape[1] >= 36:  # in Nature 32 of 8 x 8, 64 of 4 x 4, 64 of 3 x 3, 512 features
+        if space.shape[1] >= 36:  # DQN in Nature: (32, 8, 4), (64, 4, 2), (64, 3, 1) and 512
             layers = [nn.LazyConv2d(16, 8, 4), relu, nn.Conv2d(16, 32, 4, 2), relu]
         super().__init__(*layers, nn.Flatten(), nn.LazyLinear(256), relu)
         self.axis = 1 if space.shape[0] < space.shape[2] else 3  # of the channels, in a batch
@@ -382,7 +383,7 @@ def train(args: Args) -> np.ndarray:
         run = stack.enter_context(Run(args, **learner, buffer=buffer))
         stack.callback(torch.set_num_threads, torch.get_num_threads())
         if not image and args.hidden**2 * args.batch_size < 2**23:
-            torch.set_num_threads(1)  # threads slow down layers this small
+            torch.set_num_threads(1)  # for layers this small, threads cost more than they save
 
         updates = updates_due(run.step, args.burn_in, args.utd)
         window, rewards, episode_return, seen = deque(), [], 0, []

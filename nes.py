@@ -94,7 +94,7 @@ class Args:
     seed: int = 1  # random seed; the same one gives the same weights on the same machine
     device: Literal["cpu", "cuda"] = "cpu"  # where networks compute; checkpoints do not keep it
     run_dir: str = ""  # directory to write to; runs/<env-id>__<script>__<seed>__<time> if empty
-    eval_episodes: int = 20  # greedy episodes in an evaluation, each of at most 100,000 steps
+    eval_episodes: int = 20  # greedy episodes in an evaluation, each of at most 100000 steps
     eval_every: int = 0  # environment steps between evaluations; 0: evaluate only at the end
     capture_video: bool = False  # record the evaluations as videos in <run-dir>/videos
     checkpoint_every: int = 60  # seconds between checkpoints; 0: save only when the run ends
@@ -157,7 +157,7 @@ def nes_gradient(fitness, epsilon, sigma):
 
 
 class RunningNorm(nn.Module):
-    """(x - mean) / deviation, clipped to [-10, 10]; both are of all rows passed to include."""
+    """(x - mean) / deviation, clipped to [-10, 10]; both taken over all rows given to include."""
 
     def __init__(self, *shape):
         super().__init__()
@@ -305,9 +305,9 @@ def train(args: Args) -> np.ndarray:
             raise Refusal(f"--candidates {n} is not a multiple of {math.lcm(pair, world)}")
         own = slice(rank * n // world, (rank + 1) * n // world)
 
-        # 1. Initialise, alike in every process.
+        # 1. Initialise, with the same weights in every process.
         stack.callback(torch.set_num_threads, torch.get_num_threads())
-        torch.set_num_threads(1)  # threads slow down layers this small
+        torch.set_num_threads(1)  # for layers this small, threads cost more than they save
         env = stack.enter_context(make_env(args))
         envs = make_candidates(stack, env, args, n // world)
         policies = make_policy(env, args).to(device)

@@ -1,4 +1,4 @@
-r"""Proximal Policy Optimization: reuse each batch for several updates, held near its own policy.
+r"""Proximal Policy Optimization: take several steps on each batch, near the policy that acted.
 
 Derivations: "Proximal Policy Optimization (PPO)", "Importance Sampling",
 "Do We Actually Need the KL Term?", "The PPO Clip Objective", "Problems with the Clip Objective",
@@ -8,38 +8,52 @@ Derivations: "Proximal Policy Optimization (PPO)", "Importance Sampling",
 
     1.  Initialise the policy π_θ and the critic V_φ.
     2.  Let μ = π_θ act for T steps in each of N environments.
-    3.  Advantages A^μ by generalised advantage estimation, returns G = A^μ + V_φ.
-    4.  K times, for each of M minibatches of the batch:
+    3.  Advantages A^μ by generalised advantage estimation (GAE); returns G = A^μ + V_φ.
+        Standardise A^μ over the batch.
+    4.  K passes over the batch, each in M minibatches. For each minibatch:
     5.      r(θ) = π_θ(a|s) / μ(a|s)
-    6.      L = E[min(r A^μ, clip(r, 1 - ε_low, 1 + ε_high) A^μ)]   or   E[r A^μ] - α KL(μ ‖ π_θ)
+    6.      L = E[min(r A^μ, clip(r, 1 - ε_low, 1 + ε_high) A^μ)],
+            or with --objective kl  L = E[r A^μ] - α KL(μ ‖ π_θ)
     7.      One Adam step on θ, φ up the gradient of  L + c_H H(π_θ) - c_V E[(V_φ - G)²]
-    8.      After each pass over the batch: stop the passes if KL(μ ‖ π_θ) exceeds its target.
+    8.      After each pass: end the passes if KL(μ ‖ π_θ) exceeds --target-kl.
     9.  Add the observations to the statistics that normalise them; repeat from 2.
 
 Notation: s -> obs -> (T+1, N, obs_dim);  a -> actions -> (T, N) or (T, N, action_dim);
-r_t, A^μ -> rewards, advantages -> (T, N);  V_φ -> values -> (T+1, N).  b_... holds the B real steps
-of the batch, flat: A^μ, G, log μ -> b_advantages, b_returns, b_logp_old -> (B,);  mb_... those of a
-minibatch, (B/M,), for which r(θ), log π_θ -> ratio, logp.
+r_t, A^μ -> rewards, advantages -> (T, N);  V_φ -> values -> (T+1, N).  The step after the end of an
+episode only resets the environment; all other steps are real.  b_... holds the B real steps of the
+batch, flat: A^μ, G, log μ -> b_advantages, b_returns, b_logp_old -> (B,).  mb_... holds those of a
+minibatch; there r(θ), log π_θ -> ratio, logp -> (B/M,).
 
-A time limit (truncated) cuts the trace of an advantage but not the value: only terminated does.
+The sum in an advantage stops where its episode ends. After a time limit (truncated), and at the end
+of the T steps, V_φ of the last state stands for the rewards that would have followed; after
+termination nothing follows.
 
-Beyond the document: GAE(λ) (Schulman et al. 2016, arXiv 1506.02438), of which the document's
-one-step advantage is λ = 0; advantages standardised over the batch; an entropy bonus; one clip of
+Beyond the document: GAE(λ) (Schulman et al. 2016, arXiv 1506.02438), which for λ = 0 gives the
+document's one-step advantage; standardised advantages; an entropy bonus; --target-kl; one clip of
 the gradient's norm and one optimiser for both networks; a learning rate that falls linearly;
-orthogonal initial weights. σ is learned, one for each action dimension; the environment gets
-actions clipped to its bounds, the policy's density does not know them. With --norm-obs
-observations are centred and divided by their running deviation; with --norm-rewards rewards are
-divided by that of the discounted return, or by 0.01 if it is less; both are clipped to [-10, 10].
-Adam takes the gradient steps, with ε = 1e-5 (torch's is 1e-8), as is usual for PPO. The value loss
-is not clipped. The defaults are the paper's for MuJoCo, 2,048 steps an update in minibatches of 64,
-but for the learning rate, there 3e-4, and the first σ, there 1: ours carry over to more tasks.
-Under torchrun the environments are shared out; every process weighs by its real steps, and each
-standardises the advantages of its own.
+orthogonal initial weights. σ is learned, one for each action dimension. The environment gets
+actions clipped to its bounds, but log π_θ is that of the action before it was clipped.
+With --norm-obs the running mean is subtracted from observations, which are then divided by their
+running standard deviation. With --norm-rewards rewards are divided by the running standard
+deviation of their discounted sum so far, or by 0.01 if that is larger. Both are clipped to
+[-10, 10].
+Adam takes the gradient steps, with ε = 1e-5 (torch's is 1e-8), as is usual for PPO. Many
+implementations clip the value loss; this one does not. The weight α of the KL penalty is constant,
+as in the document; the paper adapts it to a target KL. The defaults are the paper's for MuJoCo,
+2,048 steps for each batch in minibatches of 64, except two: the learning rate (3e-4 in the paper)
+and the initial σ (1 in the authors' code). Our values of these two work on more tasks.
+Under torchrun each process gets an equal part of the environments and standardises the advantages
+of its own. Gradients are averaged over the real steps of all processes.
 
-Images, Boxes of bytes or bools with three axes, pass through convolutions that policy and critic
-share; a linear layer follows in each. They are not normalised, and rewards are clipped to [-1, 1]
-before they are learned from. An ALE/ id is an Atari game: four grey frames of 84 x 84, one action
-for four frames, and in v5 one action in four repeats the last (sticky actions).
+Observations that are images (Boxes of bytes or bools with three axes) pass through convolutions
+that policy and critic share; each network adds a linear layer. Images are not normalised. With
+--clip-rewards their rewards are clipped to [-1, 1] for learning; logs show them unclipped. An ALE/
+id is an Atari game: its observation is the last four grey frames of 84 x 84, an action lasts four
+frames, and in v5 the game repeats the previous action with probability 1/4 (sticky actions).
+
+Logged: losses are means over all minibatches of the latest batch. last_kl, last_entropy and
+last_clip_fraction (the share of ratios outside the clip range) are those of the policy after its
+last update, over the whole batch.
 
 Paper: Schulman et al. 2017, Proximal Policy Optimization Algorithms, arXiv 1707.06347.
 """
@@ -95,21 +109,21 @@ class Args:
     num_envs: int = 16  # N, environments, shared out among torchrun's processes
     num_steps: int = 128  # T, steps of each environment between updates
     epochs: int = 10  # K, passes over each batch
-    minibatches: int = 32  # M, minibatches, hence Adam steps, in a pass
-    clip_low: float = 0.2  # ε_low: the ratio is clipped to [1 - ε_low, 1 + ε_high]
-    clip_high: float = 0.2  # ε_high: larger than ε_low, it keeps the policy more random
-    objective: Literal["clip", "kl"] = "clip"  # clip: clipped; kl: unclipped, minus α KL(μ ‖ π_θ)
-    alpha: float = 1.0  # α, weight of the KL penalty of --objective kl; 0: no constraint at all
-    target_kl: float = 0.0  # end the passes when KL(μ ‖ π_θ) exceeds this; 0: never
+    minibatches: int = 32  # M, minibatches in a pass, with one Adam step for each
+    clip_low: float = 0.2  # ε_low: the ratio π_θ / μ is clipped to at least 1 - ε_low
+    clip_high: float = 0.2  # ε_high: π_θ / μ is clipped to at most 1 + ε_high; larger explores more
+    objective: Literal["clip", "kl"] = "clip"  # clip: clip the ratio; kl: subtract α KL(μ ‖ π_θ)
+    alpha: float = 1.0  # α, weight of the KL penalty if --objective is kl; 0: no penalty
+    target_kl: float = 0.0  # end the passes over a batch if KL(μ ‖ π_θ) exceeds this; 0: never
     gamma: float = 0.99  # γ, the discount factor
-    gae_lambda: float = 0.95  # λ of the advantages: 0 is the one-step one, 1 the Monte Carlo one
+    gae_lambda: float = 0.95  # λ of the advantages; 0: one-step, 1: Monte Carlo
     learning_rate: float = 5e-4  # Adam's step size
     anneal_lr: bool = True  # decrease the learning rate linearly, to 0 at --total-timesteps
     entropy_coef: float = 0.0  # c_H, weight of the entropy bonus
     value_coef: float = 0.5  # c_V, weight of the value loss
     max_grad_norm: float = 0.5  # clip the gradient's norm to this; 0: do not clip
-    norm_obs: bool = True  # normalise observations by running mean and deviation; images never are
-    norm_rewards: bool = True  # divide rewards by the running deviation of the discounted return
+    norm_obs: bool = True  # normalise observations, but not images, by running mean and deviation
+    norm_rewards: bool = True  # divide rewards by the running standard deviation of the return
     clip_rewards: bool = True  # if observations are images, clip rewards to [-1, 1] for learning
     init_std: float = 0.4  # initial σ of a Gaussian policy; 1 is half the range of an action
     hidden: int = 64  # units in each of the two hidden layers
@@ -119,7 +133,7 @@ class Args:
     seed: int = 1  # random seed; the same one gives the same weights on the same machine
     device: Literal["cpu", "cuda"] = "cpu"  # where networks compute; checkpoints do not keep it
     run_dir: str = ""  # directory to write to; runs/<env-id>__<script>__<seed>__<time> if empty
-    eval_episodes: int = 20  # greedy episodes in an evaluation, each of at most 100,000 steps
+    eval_episodes: int = 20  # greedy episodes in an evaluation, each of at most 100000 steps
     eval_every: int = 0  # environment steps between evaluations; 0: evaluate only at the end
     capture_video: bool = False  # record the evaluations as videos in <run-dir>/videos
     checkpoint_every: int = 60  # seconds between checkpoints; 0: save only when the run ends
@@ -185,9 +199,9 @@ def gae(rewards, values, terminated, truncated, gamma, gae_lambda):
     """A_t = δ_t + γλ (1 - ended_t) A_{t+1},   δ_t = r_t + γ (1 - terminated_t) V(s_{t+1}) - V(s_t)
 
     [Review: Actor-Critic and the Advantage Function, eq. 2] and Schulman et al. 2016, eq. 16.
-    Both kinds of end cut the trace, terminated alone the value of the successor.
+    The sum stops at both kinds of end; V(s_{t+1}) counts as 0 only after termination.
     rewards, terminated, truncated: (T, N); values, V of s_0 to s_T: (T+1, N). Returns (T, N), in
-    units of reward: those of reset steps are meaningless, and no other advantage reads them.
+    units of reward: those at reset steps are meaningless, but no other advantage uses them.
     """
     deltas = rewards + gamma * ~terminated * values[1:] - values[:-1]
     traces = gamma * gae_lambda * ~(terminated | truncated)
@@ -200,8 +214,9 @@ def gae(rewards, values, terminated, truncated, gamma, gae_lambda):
 def clipped_surrogate(ratio, advantages, clip_low, clip_high):
     """E[min(r A^μ, clip(r, 1 - ε_low, 1 + ε_high) A^μ)]   [The PPO Clip Objective, eq. 2]
 
-    The range is that of [The Asymmetric Clip: DAPO, eq. 1]. Where r > 1 + ε and A^μ < 0, case 3 of
-    [Problems with the Clip Objective], the minimum is r A^μ, not (1 + ε) A^μ: hence its gradient.
+    The clip range is that of [The Asymmetric Clip: DAPO, eq. 1]. In case 3 of
+    [Problems with the Clip Objective], r > 1 + ε and A^μ < 0, the minimum is r A^μ, not
+    (1 + ε) A^μ as the document says. This is why the gradient is not zero there.
     ratio r(θ), advantages A^μ: (B,). Returns (), to be maximised.
     """
     clipped = ratio.clamp(1 - clip_low, 1 + clip_high)
@@ -209,7 +224,7 @@ def clipped_surrogate(ratio, advantages, clip_low, clip_high):
 
 
 def penalized_surrogate(ratio, advantages, kl, alpha):
-    """E[r A^μ] - α KL(μ ‖ π_θ), what stands in the brackets of [Importance Sampling, eq. 4]
+    """E[r A^μ] - α KL(μ ‖ π_θ), whose gradient is [Importance Sampling, eq. 4]
 
     ratio r(θ), advantages A^μ: (B,); kl: (). Returns (), to be maximised.
     """
@@ -219,8 +234,8 @@ def penalized_surrogate(ratio, advantages, kl, alpha):
 def kl_divergence(logp_old, logp):
     """KL(μ ‖ π_θ) = E_μ[log μ(a|s) - log π_θ(a|s)]   [Importance Sampling, eq. 5]
 
-    logp_old log μ, logp log π_θ: (B,), of actions a ~ μ. Returns (), in nats; as an estimate from
-    samples it can be negative. Its gradient is [Importance Sampling, eq. 6].
+    logp_old log μ, logp log π_θ: (B,), of actions a ~ μ. Returns (), in nats. This estimate from
+    samples can be negative. Its gradient is [Importance Sampling, eq. 6].
     """
     return (logp_old - logp).mean()
 
@@ -228,7 +243,7 @@ def kl_divergence(logp_old, logp):
 def value_loss(values, returns):
     r"""E[(V_φ(s_t) - G_t)²]   [How do we learn the state-dependent baseline $V^\pi(s)$?, eq. 4]
 
-    The document's G_t is a Monte Carlo return; ours, A_t + V_φ(s_t), may end in a value.
+    The document's G_t is a Monte Carlo return; ours, A_t + V_φ(s_t), may bootstrap from V_φ.
     values V_φ, returns G: (B,). Returns (), to be minimised, in squared units of reward.
     """
     return nn.functional.mse_loss(values, returns)
@@ -238,7 +253,7 @@ def value_loss(values, returns):
 
 
 class RunningNorm(nn.Module):
-    """(x - mean) / deviation, clipped to [-10, 10]; both are of all rows passed to include."""
+    """(x - mean) / deviation, clipped to [-10, 10]; both taken over all rows given to include."""
 
     def __init__(self, *shape):
         super().__init__()
@@ -270,7 +285,7 @@ class Torso(nn.Sequential):
 
     def __init__(self, space):
         relu, layers = nn.ReLU(), [nn.LazyConv2d(16, 3), nn.ReLU()]
-        if space.shape[1] >= 36:  # in Nature 32 of 8 x 8, 64 of 4 x 4, 64 of 3 x 3, 512 features
+        if space.shape[1] >= 36:  # DQN in Nature: (32, 8, 4), (64, 4, 2), (64, 3, 1) and 512
             layers = [nn.LazyConv2d(16, 8, 4), relu, nn.Conv2d(16, 32, 4, 2), relu]
         super().__init__(*layers, nn.Flatten(), nn.LazyLinear(256), relu)
         self.axis = 1 if space.shape[0] < space.shape[2] else 3  # of the channels, in a batch
@@ -284,9 +299,9 @@ class Torso(nn.Sequential):
 
 
 def mlp(env, args, outputs, gain):
-    """Two tanh layers and a linear one, after a torso the linear one alone.
+    """Two tanh layers and a linear layer; for images only the linear layer, after the torso.
 
-    Orthogonal weights, those of the last layer times gain.
+    Weights are orthogonal, scaled by gain in the last layer.
     """
     shape, hidden = env.observation_space.shape, args.hidden
     sizes = [shape[0], hidden, hidden, outputs] if len(shape) == 1 else [256, outputs]
@@ -366,7 +381,7 @@ class SoftmaxPolicy(nn.Sequential):
 class GaussianPolicy(nn.Sequential):
     """π_θ(a|s) = N(a | m_θ(s), diag σ²) over a Box: obs (..., obs_dim) to m_θ (..., d).
 
-    m_θ is the document's μ_θ, whose letter is the behaviour policy's here.
+    The document calls m_θ μ_θ; here μ is the behaviour policy.
     """
 
     def __init__(self, env, args, *first):
@@ -413,11 +428,11 @@ def train(args: Args) -> np.ndarray:
         T, N = args.num_steps, args.num_envs // world
         clip_low, clip_high = args.clip_low, args.clip_high
         if N * world != args.num_envs:
-            raise Refusal(f"--num-envs {args.num_envs} cannot be shared out to {world} processes")
+            raise Refusal(f"--num-envs {args.num_envs} must be a multiple of the {world} processes")
         if args.minibatches > T // 2 * N:  # at worst every second step is a reset step
             raise Refusal(f"--minibatches {args.minibatches}: too many for {N} x {T} steps")
 
-        # 1. Initialise, alike in every process.
+        # 1. Initialise, with the same weights in every process.
         torch.manual_seed(args.seed)
         env = stack.enter_context(make_env(args))
         image = len(env.observation_space.shape) > 1
@@ -433,7 +448,7 @@ def train(args: Args) -> np.ndarray:
         run = stack.enter_context(Run(args, rank, **learner, reward_norm=reward_norm))
         stack.callback(torch.set_num_threads, torch.get_num_threads())
         if not image and args.hidden * N * T // args.minibatches < 2**16:
-            torch.set_num_threads(1)  # threads slow down layers this small
+            torch.set_num_threads(1)  # for layers this small, threads cost more than they save
 
         # obs[t + 1] is the true successor of obs[t], also where an episode ended. The step after an
         # end is the reset step: its action was ignored, its reward is 0, and real is False there.
@@ -442,7 +457,7 @@ def train(args: Args) -> np.ndarray:
         rewards = np.zeros((T, N), np.float32)
         terminated, truncated = np.zeros((2, T, N), bool)
         real = np.ones((T + 1, N), bool)
-        so_far = np.zeros((T, N), np.float32)  # discounted returns up to t
+        so_far = np.zeros((T, N), np.float32)  # discounted sum of an episode's rewards up to t
         episode_return, episode_length = np.zeros((2, N))
         obs[T], _ = envs.reset(seed=random.getrandbits(29))
 
@@ -450,7 +465,7 @@ def train(args: Args) -> np.ndarray:
             remaining = 1 - run.step / args.total_timesteps if args.anneal_lr else 1
             optimizer.param_groups[0]["lr"] = args.learning_rate * remaining
 
-            # 2. μ = π_θ acts. Nothing is computed but what the next action needs.
+            # 2. μ = π_θ acts. Values and log μ are computed after the rollout, all at once.
             obs[0], real[0] = obs[T], real[T]
             mu, actions = in_numpy(policy), []
             for t in range(T):
@@ -468,11 +483,11 @@ def train(args: Args) -> np.ndarray:
             if image and args.clip_rewards:
                 rewards.clip(-1, 1, rewards)
 
-            # 3. Advantages and returns. Values and log μ of the whole rollout take one pass each.
+            # 3. Advantages and returns.
             rollout = obs, np.stack(actions), rewards, terminated, truncated, real[:T]
             s, a, r, *ends, real_steps = map(torch.from_numpy, rollout)
             if args.norm_rewards:
-                for t in range(T):  # at first so_far[-1] is where the last rollout ended
+                for t in range(T):  # at t = 0, so_far[-1] is from the last rollout
                     so_far[t] = rewards[t] + args.gamma * real[t] * so_far[t - 1]
                 reward_norm.include(torch.from_numpy(so_far)[real_steps])
                 r = (r / reward_norm.var.sqrt().clamp(min=0.01)).clamp(-10, 10)
@@ -486,7 +501,7 @@ def train(args: Args) -> np.ndarray:
             b_advantages = (b_advantages - mean) / (std + 1e-8)
             batch = b_obs, b_actions, b_logp_old, b_advantages, b_returns
             steps = all_sum(torch.tensor(len(b_obs))).item()
-            share = len(b_obs) / steps  # the weight of this process
+            share = len(b_obs) / steps  # this process's share of the real steps
             losses = []
 
             for epoch in range(args.epochs):
@@ -494,7 +509,7 @@ def train(args: Args) -> np.ndarray:
                 order = torch.randperm(len(b_obs), device=device)
                 minibatches = zip(*(x[order].tensor_split(args.minibatches) for x in batch))
                 for mb_obs, mb_actions, mb_logp_old, mb_advantages, mb_returns in minibatches:
-                    # 5. Importance ratio.
+                    # 5. Importance ratio r(θ)   [Importance Sampling, eq. 3].
                     output = policy(mb_obs)
                     logp = policy.log_prob(output, mb_actions)
                     ratio = (logp - mb_logp_old).exp()
@@ -516,7 +531,7 @@ def train(args: Args) -> np.ndarray:
                     nn.utils.clip_grad_norm_(parameters, args.max_grad_norm or math.inf)
                     optimizer.step()
                     losses.append((surrogate.detach(), v_loss.detach()))
-                # 8. KL over the whole batch, of the policy that this pass has left.
+                # 8. KL of the policy after this pass, over the whole batch. The last one is logged.
                 if epoch == args.epochs - 1 or args.target_kl:
                     with torch.no_grad():
                         output = policy(b_obs)
@@ -529,8 +544,7 @@ def train(args: Args) -> np.ndarray:
             if args.norm_obs and not image:
                 policy[0].include(b_obs)
 
-            # The losses are means over all updates; last_... is of the policy after the last one,
-            # over the whole batch.
+            # logp and output are those of the policy after its last update.
             surrogate, v_loss = torch.tensor(losses).mean(0)
             scalars = {"policy_loss": -surrogate, "value_loss": v_loss, "last_kl": kl}
             scalars["last_entropy"] = policy.entropy(output).mean()

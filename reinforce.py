@@ -96,7 +96,7 @@ class Args:
     total_timesteps: int = 150_000  # environment steps, over all environments and processes
     num_envs: int = 16  # N, trajectories in an update, shared out among torchrun's processes
     max_steps: int = 10_000  # cut a trajectory after so many steps, as a time limit does
-    weight: Literal["to-go", "trajectory"] = "to-go"  # of a step: return from it on, or whole return
+    weight: Literal["to-go", "trajectory"] = "to-go"  # of a step: return from it on, or full return
     baseline: Literal["none", "constant", "time", "state"] = "state"  # 0, mean, mean at t or value
     standardize: bool = True  # shift and scale a batch's weights to mean 0, standard deviation 1
     gamma: float = 0.99  # γ, the discount factor
@@ -115,7 +115,7 @@ class Args:
     seed: int = 1  # random seed; the same one gives the same weights on the same machine
     device: Literal["cpu", "cuda"] = "cpu"  # where networks compute; checkpoints do not keep it
     run_dir: str = ""  # directory to write to; runs/<env-id>__<script>__<seed>__<time> if empty
-    eval_episodes: int = 20  # greedy episodes in an evaluation, each of at most 100,000 steps
+    eval_episodes: int = 20  # greedy episodes in an evaluation, each of at most 100000 steps
     eval_every: int = 0  # environment steps between evaluations; 0: evaluate only at the end
     capture_video: bool = False  # record the evaluations as videos in <run-dir>/videos
     checkpoint_every: int = 60  # seconds between checkpoints; 0: save only when the run ends
@@ -223,7 +223,7 @@ def reinforce_loss(logp, weights, n):
 def value_loss(values, returns):
     r"""E[(V_φ(s_t) - G_t)²]   [How do we learn the state-dependent baseline $V^\pi(s)$?, eq. 4]
 
-    The document's G_t is a Monte Carlo return; ours, A_t + V_φ(s_t), may end in a value.
+    The document's G_t is a Monte Carlo return; ours, A_t + V_φ(s_t), may bootstrap from V_φ.
     values V_φ, returns G: (B,). Returns (), to be minimised, in squared units of reward.
     """
     return nn.functional.mse_loss(values, returns)
@@ -233,7 +233,7 @@ def value_loss(values, returns):
 
 
 class RunningNorm(nn.Module):
-    """(x - mean) / deviation, clipped to [-10, 10]; both are of all rows passed to include."""
+    """(x - mean) / deviation, clipped to [-10, 10]; both taken over all rows given to include."""
 
     def __init__(self, *shape):
         super().__init__()
@@ -258,7 +258,7 @@ class RunningNorm(nn.Module):
 
 
 def mlp(env, args, outputs, gain):
-    """Two tanh layers and a linear one; orthogonal weights, those of the last times gain."""
+    """Two tanh layers and a linear layer; orthogonal weights, scaled by gain in the last."""
     obs_dim, hidden = env.observation_space.shape[0], args.hidden
     layers = nn.Linear(obs_dim, hidden), nn.Linear(hidden, hidden), nn.Linear(hidden, outputs)
     for layer in layers:
@@ -334,7 +334,7 @@ class SoftmaxPolicy(nn.Sequential):
 class GaussianPolicy(nn.Sequential):
     """π_θ(a|s) = N(a | m_θ(s), diag σ²) over a Box: obs (..., obs_dim) to m_θ (..., d).
 
-    m_θ is the document's μ_θ, whose letter is the behaviour policy's here.
+    The document calls m_θ μ_θ; here μ is the behaviour policy.
     """
 
     def __init__(self, env, args, *first):
@@ -378,11 +378,11 @@ def train(args: Args) -> np.ndarray:
         rank, world, device = start_processes(stack, args.device)
         N = args.num_envs // world
         if N * world != args.num_envs:
-            raise Refusal(f"--num-envs {args.num_envs} cannot be shared out to {world} processes")
+            raise Refusal(f"--num-envs {args.num_envs} must be a multiple of the {world} processes")
         if N == 1 and args.baseline in ("constant", "time"):
             raise Refusal(f"--baseline {args.baseline} needs two trajectories in each process")
 
-        # 1. Initialise, alike in every process.
+        # 1. Initialise, with the same weights in every process.
         torch.manual_seed(args.seed)
         env = stack.enter_context(make_env(args))
         envs = stack.enter_context(closing(make_envs(args, N)))
@@ -396,7 +396,7 @@ def train(args: Args) -> np.ndarray:
         run = stack.enter_context(Run(args, rank, **learner, critic_optimizer=critic_optimizer))
         stack.callback(torch.set_num_threads, torch.get_num_threads())
         if args.hidden < 512:
-            torch.set_num_threads(1)  # threads slow down layers this small
+            torch.set_num_threads(1)  # for layers this small, threads cost more than they save
 
         while run.step < args.total_timesteps:
             remaining = 1 - run.step / args.total_timesteps if args.anneal_lr else 1
@@ -442,8 +442,8 @@ def train(args: Args) -> np.ndarray:
             if args.standardize:
                 std, mean = torch.std_mean(b_weights, correction=0)
                 b_weights = (b_weights - mean) / (std + 1e-8)
-            steps, real_steps = all_sum(torch.tensor([simulated, len(b_obs)])).tolist()
-            share = len(b_obs) / real_steps  # this process's part of the gradient of φ
+            steps, total = all_sum(torch.tensor([simulated, len(b_obs)])).tolist()
+            share = len(b_obs) / total  # this process's part of the gradient of φ
 
             # 5. Adam step on θ.
             output = policy(b_obs)

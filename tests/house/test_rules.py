@@ -333,12 +333,13 @@ def test_imports_only_what_requirements_pin(name):
 
 
 def test_run_options_are_the_same():
-    """Name, type, default, comment; but each has its own first task, and a3c no GPU."""
+    """Name, type, default, comment; but each has its own first task, a3c no GPU and workers."""
     texts = {}
     for name in SCRIPTS:
         run = blocks(name)["Args"].partition("\n\n")[2].partition("\n\n    def ")[0]
         assert run.startswith("    env_id: str") and "    resume: str" in run
         texts[name] = re.sub('env_id: str = "[^"]+"', "", run)
-    [device] = re.findall("    device: .*\n", texts["ppo"])
-    texts["a3c"] = re.sub("    device: .*\n", device, texts["a3c"])
+    for option in "device", "seed":
+        [line] = re.findall(f"    {option}: .*\n", texts["ppo"])
+        texts["a3c"] = re.sub(f"    {option}: .*\n", line, texts["a3c"])
     assert len(set(texts.values())) == 1
