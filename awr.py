@@ -504,7 +504,7 @@ def train(args: Args) -> np.ndarray:
                 buffer.added += 1  # the saved rollout is already there
             else:
                 obs[0], real[0] = obs[T], real[T]
-                mu = in_numpy(policy)
+                pi = in_numpy(policy)
                 for t in range(T):
                     actions[t] = policy.sample(pi(obs[t]), run.rng)
                     outcome = envs.step(policy.to_env(actions[t]))
