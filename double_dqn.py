@@ -3,27 +3,28 @@
 Derivations: "Challenge 1: Overestimation Bias in Q-Values"; all else as in dqn.py.
 
     1.  Initialise Q_θ, the target network θ_target = θ and an empty buffer D.
-    2.  Act: at random with probability ε, else argmax_a Q_θ(s, a).
-    3.  Store (s, a, R, s', discount) in D: R the N-step reward, s' the state after it, and
-        discount = γ^N (1 - terminated) the factor of its value; N is less where the episode ends.
-    4.  Sample a batch of D, as often as the update-to-data ratio says.
+    2.  Take a random action with probability ε, else argmax_a Q_θ(s, a).
+    3.  Store (s, a, R, s', discount) in D: R sums N rewards, s' is the state after them, and
+        discount = γ^N (1 - terminated) weighs its value. N is smaller where an episode ends.
+    4.  Sample a batch from D; --utd says how many batches for each environment step.
     5.  y = R + discount Q_target(s', argmax_a Q_θ(s', a))
     6.  One Adam step on θ down the gradient of the loss of x = Q_θ(s, a) - y.
     7.  Every K of these steps θ_target = (1 - τ) θ_target + τ θ.
-    8.  Every 200 environment steps update the statistics that normalise s; repeat from 2.
+    8.  Every 200 environment steps update the statistics that normalise s. Repeat from 2.
 
 Notation: s, a, R, s' -> obs, action, n_step_reward, next_obs of one step; sampled, b_obs,
 b_next_obs -> (B, obs_dim), b_action, b_reward, b_discount -> (B,);  Q_θ, Q_target -> q_net,
 target_net -> (B, A);  x, y -> x, td_target -> (B,).
 
-A time limit (truncated) cuts the N steps but not the value: only terminated does.
+The N rewards stop where the episode ends. After a time limit (truncated) the value of s' stands for
+the rewards that would have followed; after termination nothing follows.
 
 double_dqn_target takes the document's Q_A(s', ·), which selects, and Q_B(s', ·), which evaluates.
 Here, as in the paper, A is the network that learns and B its target network.
 
-Beyond the document: a clip of the gradient's norm; a learning rate that falls linearly. Adam takes
-the gradient steps, with ε = 1e-5 (torch's is 1e-8). τ is the document's α; τ = 1 is its hard
-update. The N rewards are not corrected for random actions among them. Observations are
+Beyond the document: a clip of the gradient's norm; a learning rate that falls linearly. Adam
+takes the gradient steps, with ε = 1e-5 (torch's is 1e-8). τ is the document's α; τ = 1 is its hard
+update. The N rewards may follow random actions; nothing corrects for that. Observations are
 centred and divided by their running deviation, and clipped to [-10, 10]: without it one learning
 rate does not suit several tasks. The defaults, N = 5 among them (the paper's is 1), are for tasks
 of a hundred thousand steps.
@@ -34,8 +35,8 @@ for learning; logs show them unclipped. An ALE/ id is an Atari game: its observa
 four grey frames of 84 x 84, an action lasts four frames, and in v5 the game repeats the previous
 action with probability 1/4 (sticky actions). 100,000 transitions of Atari take 5.3 GiB of memory.
 
-Logged: start_value is max_a Q at the first observations of the latest episodes, start_return the
-discounted return that followed, random actions included.
+Logged: start_value is max_a Q at the first observation of an episode, start_return the discounted
+return that followed, random actions included; both are means over the last 100 episodes.
 
 Paper: van Hasselt et al. 2016, Deep Reinforcement Learning with Double Q-learning, arXiv
 1509.06461.
@@ -92,19 +93,19 @@ LIMITS = {"gamma": (0, 1), "epsilon": (0, 1), "tau": (0, 1), "delta": (1e-9, 1e9
 class Args:
     total_timesteps: int = 80_000  # environment steps
     burn_in: int = 1_000  # steps of random actions before the first update; at least 1
-    epsilon: float = 0.05  # ε, probability of a random action after its linear fall from 1
-    epsilon_steps: int = 20_000  # steps from the end of burn-in until ε has fallen
+    epsilon: float = 0.05  # ε, final probability of a random action; it falls linearly from 1
+    epsilon_steps: int = 20_000  # steps over which ε falls, counted from the end of burn-in
     gamma: float = 0.99  # γ, the discount factor
-    n_step: int = 5  # N, rewards summed in a target before the value of the state after them
+    n_step: int = 5  # N, rewards in a target; the value of the state after them is added
     buffer_size: int = 100_000  # transitions in the replay buffer; new ones replace the oldest
     batch_size: int = 128  # B, transitions in the batch of an update
     utd: float = 0.5  # update-to-data ratio: updates per environment step
     learning_rate: float = 1e-3  # Adam's step size
     anneal_lr: bool = True  # decrease the learning rate linearly, to 0 at --total-timesteps
-    target_every: int = 500  # K, updates of Q between those of the target network
-    tau: float = 1.0  # τ, share of the learning network in those updates; 1 copies it
-    loss: Literal["huber", "squared"] = "huber"  # loss of the TD error
-    delta: float = 1.0  # δ, the TD error from which the Huber loss is linear
+    target_every: int = 500  # K, updates of Q for one update of the target network
+    tau: float = 1.0  # τ: the target becomes (1 - τ) target + τ Q; 1 copies Q
+    loss: Literal["huber", "squared"] = "huber"  # loss of the temporal-difference error
+    delta: float = 1.0  # δ: the Huber loss is linear for errors beyond it
     max_grad_norm: float = 10.0  # clip the gradient's norm to this; 0: do not clip
     clip_rewards: bool = True  # if observations are images, clip rewards to [-1, 1] for learning
     hidden: int = 128  # units in each of the two hidden layers
@@ -147,8 +148,8 @@ class Args:
 def epsilon_at(step, burn_in, epsilon_steps, epsilon):
     """1 during burn-in, then a linear fall to ε   [Challenge 4: The Limited Exploration Problem]
 
-    step: environment steps so far; epsilon_steps: those that the fall takes; epsilon ε: where it
-    ends. Returns the probability of a random action.
+    step: environment steps so far; epsilon_steps: steps that the fall takes; epsilon ε: its end.
+    Returns the probability of a random action.
     """
     fallen = min(max(step - burn_in, 0) / epsilon_steps, 1)
     return 1 + fallen * (epsilon - 1)
@@ -166,7 +167,7 @@ def epsilon_greedy(q, epsilon, rng):
 def n_step_return(rewards, gamma):
     """R = Σ_k γ^k r_k   [Challenge 2: Reducing Error Compounding with N-Step Returns, eq. 2]
 
-    The rewards of that target, before the value. rewards: N numbers. Returns one, in their units.
+    The sum of rewards in that target, without the value. rewards: N numbers. Returns one number.
     """
     return sum(gamma**k * reward for k, reward in enumerate(rewards))
 
@@ -174,8 +175,8 @@ def n_step_return(rewards, gamma):
 def n_step_discount(gamma, n, terminated):
     """γ^N (1 - terminated), the factor of the value after N rewards
 
-    [Challenge 2: Reducing Error Compounding with N-Step Returns, eq. 2], where the document does
-    not write that no value follows a terminal state. n: N. Returns a number in [0, 1].
+    [Challenge 2: Reducing Error Compounding with N-Step Returns, eq. 2]. The document omits that
+    no value follows a terminal state. n: N. Returns a number in [0, 1].
     """
     return gamma**n * (1 - terminated)
 
@@ -183,7 +184,7 @@ def n_step_discount(gamma, n, terminated):
 def updates_due(steps, burn_in, utd):
     """⌊UTD · steps after burn-in⌋   [Key Hyperparameters and Design Choices]
 
-    Returns how many updates there should have been after so many environment steps.
+    Returns how many updates are due in all after so many environment steps.
     """
     return math.floor(utd * max(steps - burn_in, 0))
 
@@ -400,7 +401,7 @@ def train(args: Args) -> np.ndarray:
             next_obs, reward, terminated, truncated, _ = env.step(action + q_net.start)
             check_finite("an observation or a reward", float(next_obs.sum() + reward))
 
-            # 3. Store the transitions whose N rewards are complete, at an end all that are left.
+            # 3. Store the transitions whose N rewards are complete; at the end of an episode, all.
             window.append((obs, action))
             rewards.append(np.clip(reward, -1, 1) if image and args.clip_rewards else reward)
             episode_return += reward
@@ -439,7 +440,7 @@ def train(args: Args) -> np.ndarray:
                 updates += 1
                 if updates % args.target_every == 0:
                     soft_update(theta_target, theta, args.tau)
-                q_values = in_numpy(q_net)  # of a GPU's weights it was a copy
+                q_values = in_numpy(q_net)  # for a GPU it holds a copy of the weights
                 losses.append((td_loss.item(), q.mean().item()))
 
             if run.step % LOG_EVERY == 0 or run.step == args.total_timesteps:
@@ -449,7 +450,7 @@ def train(args: Args) -> np.ndarray:
                 # 8. Statistics of the observations.
                 if not image:
                     q_net[0].include(np.stack(seen))
-                losses, seen = [], []  # the next means are of the updates from here on
+                losses, seen = [], []
                 run.log(**scalars)
         return run.evaluate()
 
