@@ -1,4 +1,4 @@
-"""Soft Actor-Critic: a stochastic actor, rewarded for entropy too, that explores by itself.
+"""Soft Actor-Critic: a stochastic actor that is rewarded for entropy, so it explores by itself.
 
 Derivations: "Soft Actor-Critic (SAC)", "What is Maximum Entropy RL?",
 "Simplifying the MaxEnt Objective", "The SAC Q-Function", "SAC's Policy Update",
@@ -10,30 +10,32 @@ Derivations: "Soft Actor-Critic (SAC)", "What is Maximum Entropy RL?",
 
     1.  Initialise the actor π_θ, critics Q_1, Q_2 of weights φ, targets equal to them, the
         temperature α = 1 and an empty buffer D.
-    2.  Act: uniformly at random during burn-in, else a ~ π_θ(·|s).
+    2.  Act uniformly at random during burn-in, then with a ~ π_θ(·|s).
     3.  Store (s, a, r, s', discount) in D: discount = γ (1 - terminated).
-    4.  Sample a batch of D, as often as the update-to-data ratio says.
+    4.  Sample a batch from D; --utd says how many batches for each environment step.
     5.  a' ~ π_θ(·|s'),   y = r + discount (min_i Q_i,target(s', a') - α log π_θ(a'|s'))
     6.  One Adam step on φ down the gradient of Σ_i E[(Q_i(s, a) - y)²].
     7.  One Adam step on θ up the gradient of E[min_i Q_i(s, a) - α log π_θ(a|s)], a ~ π_θ(·|s).
-    8.  One Adam step on log α down log α (H - H_target): α rises where the entropy H is too low.
+    8.  One Adam step on log α down log α (H - H_target): α rises if the entropy H is too low.
     9.  Targets: φ_target = (1 - τ) φ_target + τ φ; repeat from 2.
 
 Notation: s, s' -> obs, next_obs -> (B, obs_dim);  a, a' -> action, next_action -> (B, action_dim),
 in (-1, 1);  r -> reward -> (B,);  Q_i -> q -> (2, B), a row for each critic;  log π_θ -> logp ->
 (B,);  y -> td_target -> (B,).
 
-π_θ is the distribution of a = tanh(u), u ~ N(m_θ(s), σ_θ(s)²), and log π_θ its density on (-1, 1).
-The environment's bounds are scaled to afterwards, so that the entropy and its target -action_dim do
-not depend on units. A time limit (truncated) does not end the value: only terminated does.
+π_θ is the distribution of a = tanh(u), u ~ N(m_θ(s), σ_θ(s)²); log π_θ is its density on (-1, 1).
+Actions are scaled to the environment's bounds afterwards, so the entropy and its target -action_dim
+do not depend on units. After a time limit (truncated) Q of the last state stands for the rewards
+that would have followed; after termination nothing follows.
 
 Beyond the document: tanh, as in the paper; log σ_θ clipped to [-20, 2], as in its authors' code.
-The document only describes the update of α; ours is on log α, without the paper's factor α, which
-would slow the change of a small α. Adam takes the gradient steps, with torch's own ε. Unlike the
-paper's, the learning rate is 1e-3 and burn-in 1,000 steps long, for short tasks.
+The document only describes the update of α. Here log α is updated, without the paper's factor α,
+which would slow down a small α. Adam takes the gradient steps, with torch's own ε. For short tasks
+the learning rate is 1e-3 (3e-4 in the paper) and burn-in 1,000 steps long.
 
-Logged: start_value is min_i Q_i at the first observations of the latest episodes, for the mean
-action, with the entropy to come; start_return the discounted return that followed, without it.
+Logged: start_value is min_i Q_i for the mean action at the first observation of an episode, which
+includes the entropy to come; start_return is the discounted return that followed, without entropy.
+Both are means over the last 100 episodes.
 
 Paper: Haarnoja et al. 2018, Soft Actor-Critic Algorithms and Applications, arXiv 1812.05905.
 """
@@ -86,13 +88,13 @@ LIMITS = {"gamma": (0, 1), "tau": (0, 1)}  # least and most
 class Args:
     total_timesteps: int = 15_000  # environment steps
     burn_in: int = 1_000  # steps of random actions before the first update; at least 1
-    alpha: float | None = None  # α, a fixed temperature; None: tuned to an entropy of -action_dim
+    alpha: float | None = None  # α, temperature; None: tune it to an entropy of -action_dim
     gamma: float = 0.99  # γ, the discount factor
     buffer_size: int = 1_000_000  # transitions in the replay buffer; new ones replace the oldest
     batch_size: int = 256  # B, transitions in the batch of an update
     utd: float = 1.0  # update-to-data ratio: updates per environment step
-    learning_rate: float = 1e-3  # Adam's step size, of all networks and of log α
-    tau: float = 0.005  # τ, share of the learning critics in an update of the target critics
+    learning_rate: float = 1e-3  # Adam's step size for all networks and log α
+    tau: float = 0.005  # τ: targets become (1 - τ) target + τ critic at each update
     hidden: int = 256  # units in each of the two hidden layers
 
     env_id: str = "Pendulum-v1"  # gymnasium id of the environment; module:Name-v0 imports module
@@ -135,7 +137,7 @@ def tanh_gaussian(mean, log_std, noise):
 
     The reparameterisation of
     [The Deterministic Policy Gradient: How Backprop Works Through the Critic].
-    log(1 - tanh² u) = 2 (log 2 - u - softplus(-2u)) is exact also where tanh u rounds to 1.
+    log(1 - tanh² u) = 2 (log 2 - u - softplus(-2u)) stays exact where tanh u rounds to 1.
     mean m, log_std log σ, noise ε ~ N(0, 1): (B, d). Returns a, (B, d), and log π(a|s), (B,), nats.
     """
     u = mean + log_std.exp() * noise
@@ -145,10 +147,10 @@ def tanh_gaussian(mean, log_std, noise):
 
 
 def one_step_discount(gamma, terminated):
-    """γ (1 - terminated), the factor of what follows s'
+    """γ (1 - terminated), the weight of the value of s'
     [Option 2: Off-Policy Actor-Critic with a Learned Q-Function, eq. 3]
 
-    The document does not write that no value follows a terminal state. Returns a number in [0, 1].
+    The document omits that no value follows a terminal state. Returns a number in [0, 1].
     """
     return gamma * (1 - terminated)
 
@@ -165,11 +167,11 @@ def sac_target(reward, discount, q_next, logp_next, alpha):
 
 
 def critic_loss(q, td_target):
-    """L = Σ_i E[(Q_i(s, a) - y)²], over the critics i that there are
+    """L = Σ_i E[(Q_i(s, a) - y)²], summed over the critics i, one or two
     [Option 2: Off-Policy Actor-Critic with a Learned Q-Function, eq. 2]
 
-    Of each critic as in [DDPG and TD3: The Full Algorithm, eq. 1]. td_target y: (B,); q: (B,) of
-    one critic, (2, B) of two. Returns (), to be minimised, in squared units of reward.
+    For each critic it is [DDPG and TD3: The Full Algorithm, eq. 1]. td_target y: (B,); q: (B,) for
+    one critic, (2, B) for two. Returns (), to be minimised, in squared units of reward.
     """
     return (q - td_target).pow(2).mean(-1).sum()
 
@@ -196,7 +198,7 @@ def temperature_loss(log_alpha, logp, target_entropy):
 def updates_due(steps, burn_in, utd):
     """⌊UTD · steps after burn-in⌋   [Key Hyperparameters and Design Choices]
 
-    Returns how many updates there should have been after so many environment steps.
+    Returns how many updates are due in all after so many environment steps.
     """
     return math.floor(utd * max(steps - burn_in, 0))
 
@@ -348,7 +350,7 @@ def train(args: Args) -> np.ndarray:
         learner |= {"temperature": temperature, "alpha_optimizer": alpha_optimizer}
         run = stack.enter_context(Run(args, **learner, buffer=buffer))
         for optimizer in (actor_optimizer, critic_optimizer, alpha_optimizer):
-            optimizer.param_groups[0]["lr"] = args.learning_rate  # a checkpoint's may be another
+            optimizer.param_groups[0]["lr"] = args.learning_rate  # not a checkpoint's
         stack.callback(torch.set_num_threads, torch.get_num_threads())
         if args.hidden**2 * args.batch_size < 2**23:
             torch.set_num_threads(1)  # for layers this small, threads cost more than they save
@@ -416,7 +418,7 @@ def train(args: Args) -> np.ndarray:
                 scalars = dict(zip(names, np.mean(losses, 0))) if losses else {}
                 scalars["alpha"] = log_alpha.exp() if args.alpha is None else args.alpha
                 scalars |= zip(("start_value", "start_return"), np.mean(first, 0)) if first else {}
-                losses = []  # so that the next means are of the updates from here on
+                losses = []
                 run.log(**scalars)
         return run.evaluate()
 

@@ -1,4 +1,4 @@
-r"""Twin Delayed DDPG: two critics, the lower believed, and an actor that waits for them.
+r"""Twin Delayed DDPG: DDPG that trusts the lower of two critics and updates its actor less often.
 
 Derivations: "DDPG and TD3: The Full Algorithm",
 "DDPG and TD3: Off-Policy Actor-Critic for Continuous Actions",
@@ -9,29 +9,30 @@ Derivations: "DDPG and TD3: The Full Algorithm",
 
     1.  Initialise the actor π_θ, critics Q_1, Q_2 of weights φ, targets equal to them and an empty
         buffer D.
-    2.  Act: uniformly at random during burn-in, else a = clip(π_θ(s) + σ ε, -1, 1), ε ~ N(0, 1).
+    2.  Act: uniformly at random during burn-in, then a = clip(π_θ(s) + σ ε, -1, 1), ε ~ N(0, 1).
     3.  Store (s, a, r, s', discount) in D: discount = γ (1 - terminated).
-    4.  Sample a batch of D, as often as the update-to-data ratio says.
+    4.  Sample a batch from D; --utd says how many batches for each environment step.
     5.  a' = clip(π_target(s') + clip(σ_target ε, -c, c), -1, 1),
         y = r + discount min_i Q_i,target(s', a')
     6.  One Adam step on φ down the gradient of Σ_i E[(Q_i(s, a) - y)²].
-    7.  Every d of these: one Adam step on θ up the gradient of E[Q_1(s, π_θ(s))], and
+    7.  Every d updates of the critics: one Adam step on θ up the gradient of E[Q_1(s, π_θ(s))], and
     8.  targets: φ_target = (1 - τ) φ_target + τ φ, θ_target alike. Repeat from 2.
 
 Notation: s, s' -> obs, next_obs -> (B, obs_dim);  a, a' -> action, next_action -> (B, action_dim),
-in [-1, 1], which the environment's bounds are scaled to;  r -> reward -> (B,);  Q_i -> q ->
-(2, B), a row for each critic;  y -> td_target -> (B,).  What is sampled from D is called b_obs,
+in [-1, 1], scaled to the environment's bounds when it acts;  r -> reward -> (B,);  Q_i -> q ->
+(2, B), a row for each critic;  y -> td_target -> (B,).  Batches sampled from D are b_obs,
 b_action, ...
 
-A time limit (truncated) does not end the value: only terminated does.
+After a time limit (truncated) Q of the last state stands for the rewards that would have followed;
+after termination nothing follows.
 
-Beyond the document: it takes a' from the current policy, we take it from the target actor, as the
-paper does. Adam takes the gradient steps, with torch's own ε. Unlike the paper's, our actor's last
-layer begins near 0, as that of DDPG's paper does. Both hidden layers have 400 units, the paper's
-second one 300; burn-in is the paper's for HalfCheetah, 10,000 steps, for all environments.
+Beyond the document: a' comes from the target actor, as in the paper; the document takes it from the
+current policy. Adam takes the gradient steps, with torch's own ε. Unlike the paper's, the actor's
+last layer starts near 0, as in DDPG's paper. Both hidden layers have 400 units (400 and 300 in the
+paper). Burn-in takes 10,000 steps everywhere, as in the paper for HalfCheetah (1,000 elsewhere).
 
-Logged: start_value is min_i Q_i at the first observations of the latest episodes, for the actor's
-action; start_return the discounted return that followed, exploration included.
+Logged: start_value is min_i Q_i(s, π_θ(s)) at the first observation of an episode, start_return the
+discounted return that followed, exploration included; both are means over the last 100 episodes.
 
 Paper: Fujimoto et al. 2018, Addressing Function Approximation Error in Actor-Critic Methods, arXiv
 1802.09477.
@@ -86,16 +87,16 @@ LIMITS = {"gamma": (0, 1), "tau": (0, 1)}  # least and most
 class Args:
     total_timesteps: int = 20_000  # environment steps
     burn_in: int = 10_000  # steps of random actions before the first update; at least 1
-    sigma: float = 0.1  # σ, deviation of the exploration noise; 1 is half an action's range
-    target_sigma: float = 0.2  # σ_target, deviation of the noise on the target's action
-    noise_clip: float = 0.5  # c, where that noise is clipped, on both sides
-    actor_every: int = 2  # d, updates of the critics to one of the actor and the targets
+    sigma: float = 0.1  # σ, standard deviation of exploration noise; 1 is half an action's range
+    target_sigma: float = 0.2  # σ_target, standard deviation of the noise on the target's action
+    noise_clip: float = 0.5  # c: that noise is clipped to [-c, c]
+    actor_every: int = 2  # d, updates of the critics for one of the actor and the targets
     gamma: float = 0.99  # γ, the discount factor
     buffer_size: int = 1_000_000  # transitions in the replay buffer; new ones replace the oldest
     batch_size: int = 100  # B, transitions in the batch of an update
     utd: float = 1.0  # update-to-data ratio: updates of the critics per environment step
-    learning_rate: float = 1e-3  # Adam's step size, of all networks
-    tau: float = 0.005  # τ, share of the learning networks in an update of the targets
+    learning_rate: float = 1e-3  # Adam's step size for all networks
+    tau: float = 0.005  # τ: targets become (1 - τ) target + τ network at each update
     hidden: int = 400  # units in each of the two hidden layers
 
     env_id: str = "Pendulum-v1"  # gymnasium id of the environment; module:Name-v0 imports module
@@ -137,16 +138,16 @@ def explore(action, noise, sigma):
     r"""a = clip(π_θ(s) + σ ε, -1, 1)   [DDPG and TD3: The Full Algorithm, eq. 3]
 
     The behaviour policy of [Is there a separate policy $\mu$?, eq. 1].
-    action π_θ(s), noise ε ~ N(0, 1): (..., action_dim). Returns the same, 1 being half the range.
+    action π_θ(s), noise ε ~ N(0, 1): (..., action_dim). Returns the same shape.
     """
     return (action + sigma * noise).clip(-1, 1)
 
 
 def one_step_discount(gamma, terminated):
-    """γ (1 - terminated), the factor of what follows s'
+    """γ (1 - terminated), the weight of the value of s'
     [Option 2: Off-Policy Actor-Critic with a Learned Q-Function, eq. 3]
 
-    The document does not write that no value follows a terminal state. Returns a number in [0, 1].
+    The document omits that no value follows a terminal state. Returns a number in [0, 1].
     """
     return gamma * (1 - terminated)
 
@@ -168,11 +169,11 @@ def td3_target(reward, discount, q_next):
 
 
 def critic_loss(q, td_target):
-    """L = Σ_i E[(Q_i(s, a) - y)²], over the critics i that there are
+    """L = Σ_i E[(Q_i(s, a) - y)²], summed over the critics i, one or two
     [Option 2: Off-Policy Actor-Critic with a Learned Q-Function, eq. 2]
 
-    Of each critic as in [DDPG and TD3: The Full Algorithm, eq. 1]. td_target y: (B,); q: (B,) of
-    one critic, (2, B) of two. Returns (), to be minimised, in squared units of reward.
+    For each critic it is [DDPG and TD3: The Full Algorithm, eq. 1]. td_target y: (B,); q: (B,) for
+    one critic, (2, B) for two. Returns (), to be minimised, in squared units of reward.
     """
     return (q - td_target).pow(2).mean(-1).sum()
 
@@ -181,8 +182,8 @@ def deterministic_actor_loss(q):
     """L = -E[Q(s, π_θ(s))]
     [DDPG and TD3: Off-Policy Actor-Critic for Continuous Actions, eq. 1]
 
-    The negative of what [DDPG and TD3: The Full Algorithm, eq. 4] climbs. q Q(s, π_θ(s)), of the
-    first critic where there are two: (B,). Returns (), to be minimised, in units of reward.
+    Minus the objective of [DDPG and TD3: The Full Algorithm, eq. 4]. q Q(s, π_θ(s)), of the first
+    critic if there are two: (B,). Returns (), to be minimised, in units of reward.
     """
     return -q.mean()
 
@@ -190,7 +191,7 @@ def deterministic_actor_loss(q):
 def updates_due(steps, burn_in, utd):
     """⌊UTD · steps after burn-in⌋   [Key Hyperparameters and Design Choices]
 
-    Returns how many updates there should have been after so many environment steps.
+    Returns how many updates are due in all after so many environment steps.
     """
     return math.floor(utd * max(steps - burn_in, 0))
 
@@ -335,7 +336,7 @@ def train(args: Args) -> np.ndarray:
         learner |= {"actor_optimizer": actor_optimizer, "critic_optimizer": critic_optimizer}
         run = stack.enter_context(Run(args, **learner, buffer=buffer))
         for optimizer in (actor_optimizer, critic_optimizer):
-            optimizer.param_groups[0]["lr"] = args.learning_rate  # a checkpoint's may be another
+            optimizer.param_groups[0]["lr"] = args.learning_rate  # not a checkpoint's
         stack.callback(torch.set_num_threads, torch.get_num_threads())
         if args.hidden**2 * args.batch_size < 2**23:
             torch.set_num_threads(1)  # for layers this small, threads cost more than they save
@@ -403,7 +404,7 @@ def train(args: Args) -> np.ndarray:
                 scalars = dict(zip(("critic_loss", "q_mean"), np.mean(losses, 0))) if losses else {}
                 scalars |= {"actor_loss": np.mean(actor_losses)} if actor_losses else {}
                 scalars |= zip(("start_value", "start_return"), np.mean(first, 0)) if first else {}
-                losses, actor_losses = [], []  # the next means are of the updates from here on
+                losses, actor_losses = [], []
                 run.log(**scalars)
         return run.evaluate()
 
