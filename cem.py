@@ -5,21 +5,21 @@ Derivations: "Black-Box Policy Optimization", "Cross-Entropy Method (CEM)".
     1.  Initialise the search distribution N(μ, diag σ²) over the parameters θ of the policy.
     2.  Sample n candidates θ_i ~ N(μ, diag σ²).
     3.  Fitness F(θ_i): the mean return of L episodes of π_θ_i.
-    4.  Select the elites, the ⌊ρn⌋ candidates of the highest fitness.
-    5.  μ, σ² = mean and variance of the elites in each coordinate, plus η; repeat from 2.
+    4.  Select the elites: the ⌊ρn⌋ candidates with the highest fitness.
+    5.  μ = mean of the elites, σ² = their variance + η, parameter by parameter. Repeat from 2.
 
-Notation: θ_i -> theta -> (n, d), d parameters a policy;  μ, σ² -> mu, var -> (d,);
+Notation: θ_i -> theta -> (n, d), d parameters each;  μ, σ² -> mu, var -> (d,);
 F -> fitness -> (n,);  θ' -> elites -> (k, d), k = ⌊ρn⌋.
 
-All candidates act at once, in one batched product. The return of an episode is undiscounted. There
-is no value function, so the return of a truncated episode is used as it is.
-Environments that gymnasium steps all at once (CartPole) play on until the last candidate's episode
-has ended: those steps are counted, but they are no part of any fitness.
+All candidates act at once, in one batched product. Returns are not discounted. There is no value
+function, so the return of a truncated episode is used as it is. Where gymnasium has a vectorised
+version of the environment (CartPole), all episodes play on until the last one has ended. The extra
+steps count towards --total-timesteps, but not towards any fitness.
 
-Beyond the document: η falls linearly, as in the paper of Szita and Lőrincz. The policy that is
-evaluated is that of the mean μ. Policies are linear unless --layers says otherwise.
+Beyond the document: η falls linearly, as in the paper. Evaluation plays the policy of the mean μ.
+Policies are linear unless --layers adds hidden layers.
 
-Logged: fitness and best_fitness are of the latest generation, sigma is the mean of its σ.
+Logged: the mean and best fitness of the latest generation; sigma is the mean of σ.
 
 Paper: Szita and Lőrincz 2006, Learning Tetris Using the Noisy Cross-Entropy Method.
 """
@@ -71,12 +71,12 @@ LIMITS = {"rho": (0, 1), "layers": (0, 2), "init_mean": (-1e18, 1e18)}  # least 
 class Args:
     total_timesteps: int = 1_000_000  # environment steps of all candidates, in whole generations
     candidates: int = 64  # n, candidates in a generation
-    rho: float = 0.2  # ρ, share of the candidates that are elites: ⌊ρn⌋, at least one
-    episodes: int = 1  # L, episodes of each candidate
-    init_mean: float = 0.0  # μ at first, in each coordinate; the document's is 0
-    init_var: float = 100.0  # σ² at first, in each coordinate; the document's is 100
-    noise: float = 1.0  # η, added to the variance
-    decay_noise: bool = True  # let η fall linearly, to 0 at --total-timesteps
+    rho: float = 0.2  # ρ, share of the candidates that become elites: ⌊ρn⌋, at least one
+    episodes: int = 1  # L, episodes that each candidate plays
+    init_mean: float = 0.0  # initial μ of every parameter; 0 in the document
+    init_var: float = 100.0  # initial σ² of every parameter; 100 in the document
+    noise: float = 1.0  # η, noise added to the variance σ² in every generation
+    decay_noise: bool = True  # decrease η linearly, to 0 at --total-timesteps
     common_seeds: bool = False  # start the episodes of all candidates from the same states
     layers: int = 0  # number of hidden layers: 0 (a linear policy), 1 or 2
     hidden: int = 32  # units in each hidden layer
@@ -125,7 +125,7 @@ def sample(mu, var, epsilon):
 
 
 def select(theta, fitness, rho):
-    """The ⌊ρn⌋ candidates of the highest fitness, at least one, the best one first.
+    """The ⌊ρn⌋ candidates with the highest fitness, at least one, best first.
 
     Step 4 of [Cross-Entropy Method (CEM)]. theta: (n, d); fitness: (n,). Returns (k, d).
     """
@@ -146,10 +146,10 @@ def cem_update(elites, noise):
 
 
 class Policies(nn.Module):
-    """Deterministic policies π_θ of one shape, tanh layers and a linear one; mu is one θ, (d,).
+    """Deterministic policies π_θ of one shape: tanh layers, then a linear one. mu is one θ, (d,).
 
     A row of θ holds the weights and biases of one policy. Over a Discrete space it takes the argmax
-    of its outputs; over a Box its outputs, 1 and -1 being the bounds where there are any.
+    of its outputs; over a Box its outputs, where -1 and 1 are the bounds if there are any.
     """
 
     def __init__(self, env, args):
@@ -171,7 +171,7 @@ class Policies(nn.Module):
         return layers
 
     def actions(self, layers, obs):
-        """What each policy does at its row of obs, (n, obs_dim), as environments take it."""
+        """The action of each policy at its row of obs, (n, obs_dim), as environments take it."""
         for i, (weights, bias) in enumerate(layers):
             obs = np.matvec(weights, np.tanh(obs) if i else obs) + bias
         return self.to_env(obs)
@@ -209,24 +209,24 @@ def box_actions(space):
 
 
 def make_candidates(stack, env, args, n):
-    """n environments: gymnasium's own vector version where there is one, else a list.
+    """n environments: gymnasium's own vectorised version if there is one, else a list.
 
-    A vector version cannot begin all episodes from the same state, so --common-seeds takes a list.
+    A vectorised version cannot start all episodes from one state: --common-seeds takes a list.
     """
     if env.spec.vector_entry_point and not args.common_seeds:
         return stack.enter_context(closing(make_envs(args, n)))
     envs = [stack.enter_context(make_env(args)) for _ in range(n)]
-    flat = env.env.observation_space == env.observation_space  # its last wrapper changes nothing
+    flat = env.env.observation_space == env.observation_space  # then flattening changes nothing
     return [x.env for x in envs] if flat else envs
 
 
 def play(envs, policies, theta, seeds):
-    """One whole episode of each policy, cut after 100,000 steps where nothing ends it before.
+    """Play one whole episode with each policy, cut after 100,000 steps if nothing ends it.
 
     theta: (n, d); seeds, of the environments: n integers. Returns the undiscounted returns and the
     lengths, (n,) each; the observations acted on, (sum of lengths, obs_dim); and the number of
-    steps simulated. A vector environment steps all until the last has ended; a list only those
-    whose episode goes on.
+    simulated steps. A vector environment steps all episodes until the last one has ended; in a list
+    an ended episode takes no further step.
     """
     n, layers, vector = len(theta), policies.unpack(theta), isinstance(envs, gym.vector.VectorEnv)
     running, ended = np.ones(n, bool), np.zeros(n, bool)
@@ -238,7 +238,7 @@ def play(envs, policies, theta, seeds):
     while np.count_nonzero(running) and len(real) < 100_000:
         seen.append(obs.copy())
         actions = policies.actions(layers, obs)
-        steps += n - np.count_nonzero(ended)  # those that ended are only reset, or left alone
+        steps += n - np.count_nonzero(ended)  # an ended episode simulates nothing here
         if vector:
             obs, reward, terminated, truncated, _ = envs.step(actions)
             ended = terminated | truncated
@@ -269,7 +269,7 @@ def train(args: Args) -> np.ndarray:
         envs = make_candidates(stack, env, args, n)
         policies = make_policy(env, args).to(device)
         policies.mu.fill_(args.init_mean)
-        search = nn.Module()  # what a checkpoint holds of the search distribution beside μ
+        search = nn.Module()  # the rest of the search distribution, for checkpoints
         search.var = nn.Buffer(torch.full_like(policies.mu, args.init_var))
         run = stack.enter_context(Run(args, policy=policies, search=search))
 

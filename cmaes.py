@@ -8,40 +8,42 @@ Derivations: "Black-Box Policy Optimization",
     3.  Fitness F(θ_i): the mean return of L episodes of π_θ_i.
     4.  Rank the candidates by fitness; the elites are the k best.
     5.  Mean: μ ← μ + α Σ_i w_i (θ_i - μ), over the elites.
-    6.  The document's covariance: Σ = Cov(elites) + η I; from here to 10.
-    7.  Or Hansen's paths p_σ, p_c: what the steps of the mean add up to, the old ones fading.
-    8.  Step size: σ grows where p_σ is longer than random steps would make it, else it shrinks.
-    9.  Covariance: C turns towards p_c and the elites, away from the other candidates.
+    6.  The document's covariance: Σ = Cov(elites) + η I. Continue with 10.
+    7.  Or Hansen's: the paths p_σ, p_c sum the steps of the mean, with older steps fading.
+    8.  Step size: σ grows if p_σ is longer than a sum of random steps, else it shrinks.
+    9.  Covariance: C stretches along p_c and the elites and shrinks along the other candidates.
     10. Update the statistics that normalise the observations; repeat from 2.
 
-Notation: θ_i -> theta -> (n, d), d parameters a policy;  F -> fitness -> (n,);  μ -> mu -> (d,);
+Notation: θ_i -> theta -> (n, d), d parameters each;  F -> fitness -> (n,);  μ -> mu -> (d,);
 σ -> sigma -> ();  C, C^½ -> C, root -> (d, d);  w_i -> weights -> (k,) or (n,);  p_σ, p_c ->
 p_sigma, p_c -> (d,);  ε_i, y_i = C^½ ε_i -> epsilon, y -> (n, d).
 
-The document's update, and the complete one of Hansen's tutorial with its equation numbers:
+--update document is the document's update; hansen is the complete one of Hansen's tutorial, whose
+equation numbers are given:
 
                 document                        hansen
-    elites      the best ⌊ρn⌋                   the better half; in C the others count negatively
+    elites      the best ⌊ρn⌋                   the better half; the others lower C
     mean        eq. 3                           42, the same
-    covariance  eq. 4: of these elites alone,   47: the last one, a little of it replaced by the
-                around the new mean             y_i, around the old mean (46), and by p_c (45)
-    scale       that of Cov(elites)             σ, by the length of p_σ (43, 44)
+    covariance  eq. 4: of these elites alone,   47: the old C, partly replaced by the y_i, which
+                around the new mean             start at the old mean (46), and by p_c (45)
+    scale       that of Cov(elites)             σ, which follows the length of p_σ (43, 44)
 
-On a slope the elites lie side by side: around the new mean their spread is narrow along the
-progress, so the document's search shrinks there, while y_i, p_c and σ make Hansen's grow.
-Of Hansen's update only the ranks of the fitness matter, and neither rotations of θ nor its scale.
+On a slope the elites lie close together in the direction of progress. Measured around their own
+mean, their spread there is small, so the document's search shrinks along the slope; Hansen's grows
+there, through y_i, p_c and σ. Hansen's update uses the ranks of the fitness alone, and does not
+change when θ is rotated or scaled.
 
-All candidates act at once, in one batched product. The return of an episode is undiscounted. There
-is no value function, so the return of a truncated episode is used as it is.
-Environments that gymnasium steps all at once (CartPole) play on until the last candidate's episode
-has ended: those steps are counted, but they are no part of any fitness.
+All candidates act at once, in one batched product. Returns are not discounted. There is no value
+function, so the return of a truncated episode is used as it is. Where gymnasium has a vectorised
+version of the environment (CartPole), all episodes play on until the last one has ended. The extra
+steps count towards --total-timesteps, but not towards any fitness.
 
-Beyond the document: w_i, which it leaves open, are Hansen's; its ε is called η, as in cem.py.
-Observations are centred and divided by their running deviation, and clipped to [-10, 10]. The
-policy that is evaluated is that of the mean μ. n = 24 is more than Hansen's 4 + ⌊3 ln d⌋, because
-the return of one episode is a noisy fitness.
+Beyond the document: the weights w_i, which it leaves open, are Hansen's; its ε is called η, as in
+cem.py. Observations are centred and divided by their running deviation, and clipped to [-10, 10].
+Evaluation plays the policy of the mean μ. n = 24 is more than Hansen's 4 + ⌊3 ln d⌋, because the
+return of one episode is a noisy fitness. σ starts at 3, which did better than 0.3 and 1.
 
-Logged: fitness and best_fitness are of the latest generation, sigma is the mean deviation of θ.
+Logged: the mean and best fitness of the latest generation; sigma is the mean deviation of θ.
 
 Paper: Hansen 2016, The CMA Evolution Strategy: A Tutorial, arXiv 1604.00772.
 """
@@ -94,12 +96,12 @@ LIMITS |= {"init_sigma": (1e-9, 1e9), "hidden": (1, 5_000)}
 class Args:
     total_timesteps: int = 300_000  # environment steps of all candidates, in whole generations
     candidates: int = 24  # n, candidates in a generation
-    update: Literal["hansen", "document"] = "hansen"  # of the search distribution
-    alpha: float = 1.0  # α, step of the mean towards that of the elites
-    rho: float = 0.5  # ρ, share of the candidates that are elites; in the document's update
-    noise: float = 0.01  # η, added to the variance of each coordinate; in the document's update
-    episodes: int = 1  # L, episodes of each candidate
-    init_sigma: float = 3.0  # σ at first, where C = I
+    update: Literal["hansen", "document"] = "hansen"  # which update of the search distribution
+    alpha: float = 1.0  # α, step of μ towards the weighted mean of the elites
+    rho: float = 0.5  # ρ, share of the candidates that become elites (--update document)
+    noise: float = 0.01  # η, noise added to the variance of each parameter (--update document)
+    episodes: int = 1  # L, episodes that each candidate plays
+    init_sigma: float = 3.0  # initial σ; C starts as the identity
     common_seeds: bool = False  # start the episodes of all candidates from the same states
     norm_obs: bool = True  # normalise observations by their running mean and standard deviation
     layers: int = 0  # number of hidden layers: 0 (a linear policy), 1 or 2
@@ -143,8 +145,8 @@ class Args:
 def square_root(C):
     """C^½ = B D Bᵀ, where C = B D² Bᵀ   [Covariance Matrix Adaptation Evolution Strategy (CMA-ES)]
 
-    With this root, the symmetric one, C^-½ y_i is ε_i itself: there is nothing to invert. Of C,
-    (d, d), the lower triangle is read; eigenvalues below 1e-14 of the largest are raised to that.
+    With this symmetric root C^-½ y_i is ε_i itself, so nothing needs to be inverted. C: (d, d), of
+    which the lower triangle is read. Eigenvalues are raised to 1e-14 of the largest at least.
     """
     values, vectors = torch.linalg.eigh(C)
     return vectors * values.clamp(min=1e-14 * values[-1]).sqrt() @ vectors.T
@@ -162,7 +164,7 @@ def sample_correlated(mu, root, epsilon):
 def rank_weights(k, n):
     """w_i ∝ ln(k + ½) - ln i for the ranks i = 1 to n; the positive ones, i ≤ k, add up to 1.
 
-    [Covariance Matrix Adaptation Evolution Strategy (CMA-ES)] leaves them open: tutorial, eq. 49.
+    Tutorial, eq. 49; [Covariance Matrix Adaptation Evolution Strategy (CMA-ES)] leaves them open.
     """
     weights = math.log(k + 0.5) - torch.arange(1, n + 1, dtype=torch.float64).log()
     return weights / weights.clamp(min=0).sum()
@@ -210,13 +212,13 @@ def cumulate(path, step, c, mu_eff):
     """p ← (1 - c) p + √(c (2 - c) μ_eff) step
 
     Tutorial, eq. 43 and 45, of [Covariance Matrix Adaptation Evolution Strategy (CMA-ES)].
-    step: Σ_i w_i ε_i for p_σ, h Σ_i w_i y_i for p_c, (d,). Of random ranks, p_σ ~ N(0, I).
+    step: Σ_i w_i ε_i for p_σ, h Σ_i w_i y_i for p_c, (d,). If ranks are random, p_σ ~ N(0, I).
     """
     return (1 - c) * path + math.sqrt(c * (2 - c) * mu_eff) * step
 
 
 def relative_length(path):
-    """‖p_σ‖ / E‖N(0, I)‖, which is 1 on average where the ranks are random.
+    """‖p_σ‖ / E‖N(0, I)‖, which is 1 on average if ranks are random.
 
     In eq. 44 of the tutorial, of [Covariance Matrix Adaptation Evolution Strategy (CMA-ES)].
     path p_σ: (d,). Returns ().
@@ -226,10 +228,10 @@ def relative_length(path):
 
 
 def h_sigma(length, generation, c_sigma, d):
-    """h: 0 while p_σ is so long that σ lags behind and p_c should wait, else 1.
+    """h: 0 while p_σ is too long, which stops p_c until σ has grown, else 1.
 
     Below eq. 47 of the tutorial, of [Covariance Matrix Adaptation Evolution Strategy (CMA-ES)].
-    length, relative, and generation, the first being 1: (). Returns ().
+    length: that of relative_length; generation: 1 for the first; both (). Returns ().
     """
     usual = (1 - (1 - c_sigma) ** (2 * generation)).sqrt()  # of paths that began at 0
     return (length < (1.4 + 2 / (d + 1)) * usual).to(length)
@@ -239,7 +241,7 @@ def update_step_size(sigma, length, c_sigma, d_sigma):
     """σ ← σ exp(c_σ/d_σ (length - 1))
 
     Tutorial, eq. 44, of [Covariance Matrix Adaptation Evolution Strategy (CMA-ES)].
-    sigma, length, the relative one of p_σ: (). Returns ().
+    sigma; length: that of relative_length; both (). Returns ().
     """
     return sigma * (c_sigma / d_sigma * (length - 1)).exp()
 
@@ -284,11 +286,11 @@ class RunningNorm(nn.Module):
 
 
 class Policies(nn.Module):
-    """Deterministic policies π_θ of one shape, tanh layers and a linear one; mu is one θ, (d,).
+    """Deterministic policies π_θ of one shape: tanh layers, then a linear one. mu is one θ, (d,).
 
-    Once norm has been given observations, the policies see them normalised.
+    Policies act on normalised observations once norm has statistics.
     A row of θ holds the weights and biases of one policy. Over a Discrete space it takes the argmax
-    of its outputs; over a Box its outputs, 1 and -1 being the bounds where there are any.
+    of its outputs; over a Box its outputs, where -1 and 1 are the bounds if there are any.
     """
 
     def __init__(self, env, args):
@@ -311,7 +313,7 @@ class Policies(nn.Module):
         return layers
 
     def actions(self, layers, obs):
-        """What each policy does at its row of obs, (n, obs_dim), as environments take it."""
+        """The action of each policy at its row of obs, (n, obs_dim), as environments take it."""
         if self.norm.count:
             obs = self.norm(torch.as_tensor(obs).to(self.mu)).cpu().numpy()
         for i, (weights, bias) in enumerate(layers):
@@ -351,24 +353,24 @@ def box_actions(space):
 
 
 def make_candidates(stack, env, args, n):
-    """n environments: gymnasium's own vector version where there is one, else a list.
+    """n environments: gymnasium's own vectorised version if there is one, else a list.
 
-    A vector version cannot begin all episodes from the same state, so --common-seeds takes a list.
+    A vectorised version cannot start all episodes from one state: --common-seeds takes a list.
     """
     if env.spec.vector_entry_point and not args.common_seeds:
         return stack.enter_context(closing(make_envs(args, n)))
     envs = [stack.enter_context(make_env(args)) for _ in range(n)]
-    flat = env.env.observation_space == env.observation_space  # its last wrapper changes nothing
+    flat = env.env.observation_space == env.observation_space  # then flattening changes nothing
     return [x.env for x in envs] if flat else envs
 
 
 def play(envs, policies, theta, seeds):
-    """One whole episode of each policy, cut after 100,000 steps where nothing ends it before.
+    """Play one whole episode with each policy, cut after 100,000 steps if nothing ends it.
 
     theta: (n, d); seeds, of the environments: n integers. Returns the undiscounted returns and the
     lengths, (n,) each; the observations acted on, (sum of lengths, obs_dim); and the number of
-    steps simulated. A vector environment steps all until the last has ended; a list only those
-    whose episode goes on.
+    simulated steps. A vector environment steps all episodes until the last one has ended; in a list
+    an ended episode takes no further step.
     """
     n, layers, vector = len(theta), policies.unpack(theta), isinstance(envs, gym.vector.VectorEnv)
     running, ended = np.ones(n, bool), np.zeros(n, bool)
@@ -380,7 +382,7 @@ def play(envs, policies, theta, seeds):
     while np.count_nonzero(running) and len(real) < 100_000:
         seen.append(obs.copy())
         actions = policies.actions(layers, obs)
-        steps += n - np.count_nonzero(ended)  # those that ended are only reset, or left alone
+        steps += n - np.count_nonzero(ended)  # an ended episode simulates nothing here
         if vector:
             obs, reward, terminated, truncated, _ = envs.step(actions)
             ended = terminated | truncated
@@ -412,7 +414,7 @@ def train(args: Args) -> np.ndarray:
         if d > 5_000:
             raise Refusal(f"--layers, --hidden: C of {d} parameters is too large; 5,000 fit")
         envs = make_candidates(stack, env, args, n)
-        search = nn.Module()  # what a checkpoint holds of the search distribution beside μ
+        search = nn.Module()  # the rest of the search distribution, for checkpoints
         search.sigma = nn.Buffer(torch.full_like(mu[0], args.init_sigma))
         search.C = nn.Buffer(torch.eye(d).to(mu))
         search.p_sigma = nn.Buffer(torch.zeros_like(mu))
@@ -446,7 +448,7 @@ def train(args: Args) -> np.ndarray:
 
             search.generation += 1
             if document:
-                # 6. Covariance of the elites; σ stays as it began.
+                # 6. Covariance of the elites; σ does not change.
                 search.C = elite_covariance(elites, mu, args.noise) / search.sigma**2
             else:
                 # 7. Paths.

@@ -1,4 +1,4 @@
-"""Natural Evolution Strategy: move the mean of the search by every candidate, weighed by fitness.
+"""Natural Evolution Strategy: move the mean of a search Gaussian towards fitter candidates.
 
 Derivations: "Natural Evolutionary Strategies (NES)",
 "Natural Evolutionary Strategies (NES) / Derivation".
@@ -6,25 +6,25 @@ Derivations: "Natural Evolutionary Strategies (NES)",
     1.  Initialise the mean μ of the search distribution N(μ, σ²I) over the parameters θ.
     2.  Sample n candidates θ_i = μ + σ ε_i with ε_i ~ N(0, I), in pairs ±ε.
     3.  Fitness F(θ_i): the mean return of L episodes of π_θ_i.
-    4.  Shape the fitnesses: as they are, standardised, or their centred ranks.
-    5.  g = 1/(nσ) Σ_i F(θ_i) ε_i - λμ, which estimates the gradient of E[F(θ)] - ½ λ|μ|².
+    4.  Shape the fitnesses: leave them, standardise them, or take their centred ranks.
+    5.  g = 1/(nσ) Σ_i F(θ_i) ε_i - λμ estimates the gradient of E[F(θ)] - ½ λ|μ|².
     6.  μ ← μ + αg, or an Adam step up g.
     7.  Update the statistics that normalise the observations; repeat from 2.
 
 Notation: θ_i, ε_i -> theta, epsilon -> (n, d), d parameters a policy;  μ -> mu -> (d,);
 F -> fitness -> (n,);  g -> gradient -> (d,);  λ -> weight_decay;  N of the document is n here.
 
-All candidates act at once, in one batched product. The return of an episode is undiscounted. There
-is no value function, so the return of a truncated episode is used as it is.
-Environments that gymnasium steps all at once (CartPole) play on until the last candidate's episode
-has ended: those steps are counted, but they are no part of any fitness.
+All candidates act at once, in one batched product. Returns are not discounted. There is no value
+function, so the return of a truncated episode is used as it is. Where gymnasium has a vectorised
+version of the environment (CartPole), all episodes play on until the last one has ended. The extra
+steps count towards --total-timesteps, but not towards any fitness.
 
 Beyond the document, from Salimans et al.: pairs ±ε, ranks, Adam with ε = 1e-5 (torch's is 1e-8),
-weight decay, normalised observations. The policy that is evaluated is that of the mean μ.
-Under torchrun every process draws the same noise and plays its slice of the candidates; only
-fitnesses, counts of steps and sums of observations travel. Episodes are logged of rank 0.
+weight decay, normalised observations. Evaluation plays the policy of the mean μ.
+Under torchrun every process draws the same noise and plays its share of the candidates; processes
+exchange fitnesses, step counts and sums of observations only. The log has the episodes of rank 0.
 
-Logged: fitness and best_fitness are of the latest generation.
+Logged: the mean and best fitness of the latest generation.
 
 Papers: Wierstra et al. 2014, Natural Evolution Strategies; Salimans et al. 2017, Evolution
 Strategies as a Scalable Alternative to Reinforcement Learning, arXiv 1703.03864.
@@ -76,14 +76,14 @@ LIMITS = {"candidates": (2, 1e9), "sigma": (1e-9, 1e9), "layers": (0, 2)}  # lea
 @dataclasses.dataclass
 class Args:
     total_timesteps: int = 1_000_000  # environment steps of all candidates, in whole generations
-    candidates: int = 24  # n, candidates in a generation, shared out among torchrun's processes
-    sigma: float = 0.3  # σ, deviation of the candidates from the mean in each coordinate
+    candidates: int = 24  # n, candidates in a generation, shared among torchrun's processes
+    sigma: float = 0.3  # σ, standard deviation of the candidates in each parameter
     learning_rate: float = 0.1  # α, step size
-    optimizer: Literal["sgd", "adam"] = "adam"  # what makes a step of a gradient
-    shaping: Literal["raw", "standardized", "ranks"] = "ranks"  # of fitness; ranks from -½ to ½
-    antithetic: bool = True  # candidates come in pairs μ ± σε
-    weight_decay: float = 0.0  # λ, pull of μ towards 0
-    episodes: int = 1  # L, episodes of each candidate
+    optimizer: Literal["sgd", "adam"] = "adam"  # how the gradient makes a step
+    shaping: Literal["raw", "standardized", "ranks"] = "ranks"  # of the fitnesses
+    antithetic: bool = True  # sample candidates in pairs μ + σε, μ - σε
+    weight_decay: float = 0.0  # λ, weight decay: pulls μ towards 0
+    episodes: int = 1  # L, episodes that each candidate plays
     common_seeds: bool = False  # start the episodes of all candidates from the same states
     norm_obs: bool = False  # normalise observations by their running mean and standard deviation
     layers: int = 1  # number of hidden layers: 0 (a linear policy), 1 or 2
@@ -131,10 +131,10 @@ def sample_around(mu, sigma, epsilon):
 
 
 def shape_fitness(fitness, shaping):
-    """What stands for F(θ_i) in [Natural Evolutionary Strategies (NES) / Derivation, eq. 10]
+    """What replaces F(θ_i) in [Natural Evolutionary Strategies (NES) / Derivation, eq. 10]
 
-    Itself, (F - mean) / std, or the centred rank, the share of the others that it exceeds minus ½,
-    those equal to it counting half. fitness F: (n,). Returns (n,).
+    raw: F; standardized: (F - mean) / std; ranks: the share of the other candidates that it beats,
+    ties counting half, minus ½. fitness F: (n,). Returns (n,).
     """
     if shaping == "standardized":
         return (fitness - fitness.mean()) / (fitness.std(correction=0) + 1e-8)
@@ -148,7 +148,7 @@ def nes_gradient(fitness, epsilon, sigma):
     eq. 10]
 
     fitness F: (N,), of θ_i = μ + σ ε_i; epsilon ε_i: (N, d); sigma σ > 0. Returns (d,), in units of
-    fitness per unit of μ; to be followed upwards.
+    fitness per unit of μ; ascend it.
     """
     return fitness @ epsilon / (len(fitness) * sigma)
 
@@ -182,11 +182,11 @@ class RunningNorm(nn.Module):
 
 
 class Policies(nn.Module):
-    """Deterministic policies π_θ of one shape, tanh layers and a linear one; mu is one θ, (d,).
+    """Deterministic policies π_θ of one shape: tanh layers, then a linear one. mu is one θ, (d,).
 
-    Once norm has been given observations, the policies see them normalised.
+    Policies act on normalised observations once norm has statistics.
     A row of θ holds the weights and biases of one policy. Over a Discrete space it takes the argmax
-    of its outputs; over a Box its outputs, 1 and -1 being the bounds where there are any.
+    of its outputs; over a Box its outputs, where -1 and 1 are the bounds if there are any.
     """
 
     def __init__(self, env, args):
@@ -209,7 +209,7 @@ class Policies(nn.Module):
         return layers
 
     def actions(self, layers, obs):
-        """What each policy does at its row of obs, (n, obs_dim), as environments take it."""
+        """The action of each policy at its row of obs, (n, obs_dim), as environments take it."""
         if self.norm.count:
             obs = self.norm(torch.as_tensor(obs).to(self.mu)).cpu().numpy()
         for i, (weights, bias) in enumerate(layers):
@@ -249,24 +249,24 @@ def box_actions(space):
 
 
 def make_candidates(stack, env, args, n):
-    """n environments: gymnasium's own vector version where there is one, else a list.
+    """n environments: gymnasium's own vectorised version if there is one, else a list.
 
-    A vector version cannot begin all episodes from the same state, so --common-seeds takes a list.
+    A vectorised version cannot start all episodes from one state: --common-seeds takes a list.
     """
     if env.spec.vector_entry_point and not args.common_seeds:
         return stack.enter_context(closing(make_envs(args, n)))
     envs = [stack.enter_context(make_env(args)) for _ in range(n)]
-    flat = env.env.observation_space == env.observation_space  # its last wrapper changes nothing
+    flat = env.env.observation_space == env.observation_space  # then flattening changes nothing
     return [x.env for x in envs] if flat else envs
 
 
 def play(envs, policies, theta, seeds):
-    """One whole episode of each policy, cut after 100,000 steps where nothing ends it before.
+    """Play one whole episode with each policy, cut after 100,000 steps if nothing ends it.
 
     theta: (n, d); seeds, of the environments: n integers. Returns the undiscounted returns and the
     lengths, (n,) each; the observations acted on, (sum of lengths, obs_dim); and the number of
-    steps simulated. A vector environment steps all until the last has ended; a list only those
-    whose episode goes on.
+    simulated steps. A vector environment steps all episodes until the last one has ended; in a list
+    an ended episode takes no further step.
     """
     n, layers, vector = len(theta), policies.unpack(theta), isinstance(envs, gym.vector.VectorEnv)
     running, ended = np.ones(n, bool), np.zeros(n, bool)
@@ -278,7 +278,7 @@ def play(envs, policies, theta, seeds):
     while np.count_nonzero(running) and len(real) < 100_000:
         seen.append(obs.copy())
         actions = policies.actions(layers, obs)
-        steps += n - np.count_nonzero(ended)  # those that ended are only reset, or left alone
+        steps += n - np.count_nonzero(ended)  # an ended episode simulates nothing here
         if vector:
             obs, reward, terminated, truncated, _ = envs.step(actions)
             ended = terminated | truncated
@@ -315,10 +315,10 @@ def train(args: Args) -> np.ndarray:
         adam = args.optimizer == "adam"
         optimizer = torch.optim.Adam([mu], eps=1e-5) if adam else torch.optim.SGD([mu])
         run = stack.enter_context(Run(args, rank, policy=policies, **{args.optimizer: optimizer}))
-        optimizer.param_groups[0]["lr"] = args.learning_rate  # a checkpoint's may be another
+        optimizer.param_groups[0]["lr"] = args.learning_rate  # not a checkpoint's
 
         while run.step < args.total_timesteps:
-            # 2. Sample candidates, the same in every process: the key is that of rank 0.
+            # 2. Sample candidates, the same in every process: all use rank 0's key.
             rng = np.random.default_rng([args.seed, run.step, 1])
             epsilon = torch.from_numpy(rng.standard_normal((n // pair, len(mu)), np.float32)).to(mu)
             if args.antithetic:
@@ -330,7 +330,7 @@ def train(args: Args) -> np.ndarray:
             seeds = np.broadcast_to(seeds, (args.episodes, n))[:, own].tolist()
             episodes = [play(envs, policies, theta[own].cpu().numpy(), row) for row in seeds]
             returns, lengths, seen, steps = zip(*episodes)
-            fitness = torch.zeros(n, dtype=torch.float64)  # that of other processes is added
+            fitness = torch.zeros(n, dtype=torch.float64)  # all_sum adds those of other processes
             fitness[own] = torch.from_numpy(np.mean(returns, 0))
             simulated = torch.tensor(sum(steps), dtype=torch.float64)
             all_sum(fitness, simulated)
