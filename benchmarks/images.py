@@ -3,6 +3,7 @@
     python benchmarks/images.py                    what is missing, two runs side by side
     python benchmarks/images.py --script dqn       the rows of dqn.py alone
     python benchmarks/images.py --report           table and picture from what was measured
+    python benchmarks/images.py --speed            steps a second on Pong beside stable-baselines3
 
 Each finished run is appended to results/images.csv, and a run that was killed goes on from its
 checkpoint, so that an interrupted call goes on where it was. MinAtar comes with
@@ -15,6 +16,8 @@ import os
 import pathlib
 import subprocess
 import sys
+import tempfile
+import time
 import tomllib
 from concurrent.futures import ThreadPoolExecutor
 
@@ -107,13 +110,80 @@ def report():
         figure.savefig(HERE / "plots/images.png", dpi=90)
 
 
+def ours(script, steps):
+    """Steps a second of a script on Pong, evaluation aside."""
+    options = {
+        "ppo": "--num-envs 8 --epochs 4 --minibatches 4",
+        "dqn": "--utd 0.25 --batch-size 32 --burn-in 500 --buffer-size 10000 --n-step 1",
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        line = [sys.executable, str(ROOT / f"{script}.py"), "--env-id", "ALE/Pong-v5"]
+        line += ["--total-timesteps", str(steps), "--run-dir", folder, "--eval-episodes", "1"]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        subprocess.run([*line, *options[script].split()], env=environment, check=True)
+        return scalars(folder, "charts/SPS")[1][-1]
+
+
+def peer(script, steps):
+    """The same of stable-baselines3, with the same network, pixels and hyperparameters."""
+    import ale_py
+    import gymnasium as gym
+    import stable_baselines3
+    import torch
+    from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
+    from stable_baselines3.common.vec_env import DummyVecEnv
+    from torch import nn
+
+    class Torso(BaseFeaturesExtractor):
+        def __init__(self, space):
+            super().__init__(space, 256)
+            convolutions = nn.Conv2d(4, 16, 8, 4), nn.ReLU(), nn.Conv2d(16, 32, 4, 2), nn.ReLU()
+            last = nn.Linear(32 * 9 * 9, 256)
+            self.layers = nn.Sequential(*convolutions, nn.Flatten(), last, nn.ReLU())
+
+        def forward(self, x):
+            return self.layers(x)
+
+    def make():
+        gym.register_envs(ale_py)
+        env = gym.wrappers.AtariPreprocessing(gym.make("ALE/Pong-v5", frameskip=1))
+        env = gym.wrappers.FrameStackObservation(env, 4)
+        return gym.wrappers.TransformReward(env, lambda reward: float(np.clip(reward, -1, 1)))
+
+    torch.set_num_threads(1)
+    settings = {
+        "ppo": dict(n_steps=128, n_epochs=4, batch_size=256),
+        "dqn": dict(train_freq=4, batch_size=32, learning_starts=500, buffer_size=10_000),
+    }[script]
+    kind = {"ppo": stable_baselines3.PPO, "dqn": stable_baselines3.DQN}[script]
+    network = dict(features_extractor_class=Torso, net_arch=[])
+    envs = DummyVecEnv([make] * (8 if script == "ppo" else 1))
+    model = kind("CnnPolicy", envs, policy_kwargs=network, device="cpu", **settings)
+    began = time.time()
+    model.learn(steps)
+    return steps / (time.time() - began)
+
+
+def speed():
+    """Three runs of each, in turns; median, least and most."""
+    for script, steps in ("ppo", 8192), ("dqn", 4000):
+        pairs = [(ours(script, steps), peer(script, steps)) for _ in range(3)]
+        for name, values in zip(("ours", "stable-baselines3"), zip(*pairs, strict=True), strict=True):
+            least, median, most = sorted(values)
+            print(f"{script} {name}: {median:.0f} steps/s ({least:.0f} to {most:.0f})")
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--script", help="only the rows of this script")
     parser.add_argument("--report", action="store_true", help="table and picture, no runs")
+    parser.add_argument("--speed", action="store_true", help="steps a second beside its peer")
+    parser.add_argument("--jobs", type=int, default=2, help="runs side by side")
     arguments = parser.parse_args()
     if arguments.report:
         return report()
+    if arguments.speed:
+        return speed()
     done = {(line["script"], line["env"], int(line["seed"])) for line in measured()}
     missing = [
         (row, seed)
@@ -123,7 +193,7 @@ def main():
         if arguments.script in (None, row["script"])
         and (row["script"], row["env"], seed) not in done
     ]
-    with ThreadPoolExecutor(2) as pool:
+    with ThreadPoolExecutor(arguments.jobs) as pool:
         list(pool.map(lambda job: run(*job), missing))
 
 
