@@ -111,7 +111,7 @@ class Args:
     max_grad_norm: float = 5.0  # clip the gradient's norm to this; 0: do not clip
     clip_rewards: bool = True  # if observations are images, clip rewards to [-1, 1] for learning
     init_std: float = 1.0  # initial σ of a Gaussian policy; 1 is half the range of an action
-    hidden: int = 64  # units in each of the two hidden layers
+    hidden: int = 64  # units in each of the two hidden layers; unused for images
 
     env_id: str = "CartPole-v1"  # gymnasium id of the environment; module:Name-v0 imports module
     env_kwargs: str = "{}"  # arguments for the environment, as a JSON object

@@ -126,7 +126,7 @@ class Args:
     norm_rewards: bool = True  # divide rewards by the running standard deviation of the return
     clip_rewards: bool = True  # if observations are images, clip rewards to [-1, 1] for learning
     init_std: float = 0.4  # initial σ of a Gaussian policy; 1 is half the range of an action
-    hidden: int = 64  # units in each of the two hidden layers
+    hidden: int = 64  # units in each of the two hidden layers; unused for images
 
     env_id: str = "CartPole-v1"  # gymnasium id of the environment; module:Name-v0 imports module
     env_kwargs: str = "{}"  # arguments for the environment, as a JSON object
