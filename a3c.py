@@ -3,7 +3,7 @@
 Derivations: "Asynchronous Deep RL for On-Policy Learning", "The Core Problem",
 "The Asynchronous Solution: Parallel Experience Collection",
 "Asynchronous Advantage Actor-Critic (A3C)", "Advantage Actor-Critic (A2C)",
-"The Core Actor-Critic Framework"; of earlier sections "Gaussian Policy", "Softmax Policy".
+"The Core Actor-Critic Framework"; from earlier sections "Gaussian Policy", "Softmax Policy".
 
     1.  Initialise the shared parameters: θ of the policy π and φ of the critic V.
     Each worker repeats 2 to 6 until all workers together have taken --total-timesteps steps:
@@ -118,7 +118,7 @@ class Args:
     eval_every: int = 0  # environment steps between evaluations; 0: evaluate only at the end
     capture_video: bool = False  # record the evaluations as videos in <run-dir>/videos
     checkpoint_every: int = 60  # seconds between checkpoints; 0: save only when the run ends
-    resume: str = ""  # checkpoint to continue from; it also gives the options left out
+    resume: str = ""  # checkpoint to continue from; options not given come from it
 
     def __post_init__(self):
         """Refuse values of the wrong type or out of range; turn numpy numbers into Python's."""
@@ -279,7 +279,7 @@ def in_numpy(net):
 def box_actions(space):
     """A function that scales actions (n, d) in [-1, 1] to the Box space, (n, *shape).
 
-    Dimensions without bounds are not scaled. All levels of an integer get equal parts of [-1, 1].
+    Dimensions without bounds are not scaled. Each integer of an integer space gets an equal part.
     """
     low, high = space.low.astype(np.float64), space.high.astype(np.float64)
     bounded = (low > -1e9) & (high < 1e9)
@@ -488,7 +488,7 @@ class Refusal(Exception):
 
 
 def check_finite(what, x):
-    """Refuse to continue if x, numbers and arrays in any nest, is not finite throughout."""
+    """Refuse to continue unless every number in x, however nested, is finite."""
     for part in x.values() if isinstance(x, dict) else x if isinstance(x, (list, tuple)) else ():
         check_finite(what, part)
     if isinstance(x, (float, np.ndarray, Tensor)) and not math.isfinite(torch.as_tensor(x).sum()):
@@ -496,7 +496,7 @@ def check_finite(what, x):
 
 
 def make_env(args, video=""):
-    """Make the environment, with flat observations or with images, Atari's as DQN saw them.
+    """Make the environment: flat observations, or images, which for Atari are DQN's.
 
     With --capture-video it records its episodes to the folder video, if one is given.
     """
@@ -541,7 +541,7 @@ class Run(AbstractContextManager):
     """A run: its directory, random generators, log, evaluations and checkpoints.
 
     `episodes` holds (return, length) of the last 100 episodes, `learner` what a checkpoint saves.
-    On an exception, also Ctrl-C and SIGTERM, the run is saved before it ends; on a Refusal not.
+    The run is saved before it ends by an exception, Ctrl-C or SIGTERM, but not by a Refusal.
     """
 
     def __init__(self, args, rank=0, **learner):

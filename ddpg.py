@@ -1,13 +1,13 @@
-r"""Deep Deterministic Policy Gradient: an actor climbs a critic that learns by replay.
+r"""Deep Deterministic Policy Gradient: an actor follows the gradient of a critic learned by replay.
 
 Derivations: "Option 2: Off-Policy Actor-Critic with a Learned Q-Function",
 "Why do we maximize $Q^\pi$ and not $A^\pi$?",
 "DDPG and TD3: Off-Policy Actor-Critic for Continuous Actions",
 "The Deterministic Policy Gradient: How Backprop Works Through the Critic",
 "DDPG and TD3: The Full Algorithm", "Is there a separate policy $\mu$?",
-"Summary: DDPG vs TD3 vs SAC"; of earlier sections "Key Hyperparameters and Design Choices".
+"Summary: DDPG vs TD3 vs SAC"; from earlier sections "Key Hyperparameters and Design Choices".
 
-    1.  Initialise the actor π_θ, the critic Q of weights φ, targets equal to them and an empty
+    1.  Initialise the actor π_θ, the critic Q with weights φ, a target copy of each and an empty
         buffer D.
     2.  Act: uniformly at random during burn-in, then a = clip(π_θ(s) + σ ε, -1, 1), ε ~ N(0, 1).
     3.  Store (s, a, r, s', discount) in D: discount = γ (1 - terminated).
@@ -18,19 +18,22 @@ Derivations: "Option 2: Off-Policy Actor-Critic with a Learned Q-Function",
     8.  Targets: φ_target = (1 - τ) φ_target + τ φ, θ_target alike; repeat from 2.
 
 Notation: s, s' -> obs, next_obs -> (B, obs_dim);  a, a' -> action, next_action -> (B, action_dim),
-in [-1, 1], scaled to the environment's bounds when it acts;  r -> reward -> (B,);  Q -> q -> (B,);
+in [-1, 1], scaled to the environment's bounds by to_env;  r -> reward -> (B,);  Q -> q -> (B,);
 y -> td_target -> (B,).  Batches sampled from D are b_obs, b_action, ...
 
 After a time limit (truncated) Q of the last state stands for the rewards that would have followed;
 after termination nothing follows.
 
 Beyond the document: a' comes from the target actor, as in the paper; the document takes it from the
-current policy. Adam takes the gradient steps, with torch's own ε. Unlike the paper, actions are
-random during burn-in; exploration noise is the document's, without correlation in time; there is no
-batch normalisation and no weight decay; the critic takes the action in its first layer, not its
-second; only the actor's last layer starts as in the paper, all other weights as torch's. The
-defaults suit short tasks: learning rates of 1e-3 (1e-4 for the paper's actor), τ = 0.005 (0.001),
-σ = 0.1 (0.2, correlated), 256 transitions in a batch (64), 256 units (400 and 300).
+current policy. Noisy actions are clipped to [-1, 1]. Adam takes the gradient steps, with torch's
+defaults but for the learning rate. τ is the α of the document's soft update.
+
+Unlike the paper, actions are random during burn-in, and exploration noise is independent at each
+step, as in the document. There is no batch normalisation and no weight decay. The critic takes the
+action in its first layer, not its second, and its last layer starts as torch's layers do, not near
+0. The defaults suit short tasks (the paper's in brackets): learning rates of 1e-3 (1e-4 for the
+actor), τ = 0.005 (0.001), σ = 0.1 (0.2, correlated), 256 transitions in a batch (64), 256 units in
+each hidden layer (400 and 300).
 
 Logged: start_value is Q(s, π_θ(s)) at the first observation of an episode, start_return the
 discounted return that followed, exploration included; both are means over the last 100 episodes.
@@ -97,14 +100,14 @@ class Args:
 
     env_id: str = "Pendulum-v1"  # gymnasium id of the environment; module:Name-v0 imports module
     env_kwargs: str = "{}"  # arguments for the environment, as a JSON object
-    seed: int = 1  # random seed; the same one gives the same weights on the same machine
-    device: Literal["cpu", "cuda"] = "cpu"  # where networks compute; checkpoints do not keep it
+    seed: int = 1  # random seed; one seed gives the same weights on the same machine
+    device: Literal["cpu", "cuda"] = "cpu"  # where networks compute; not saved in checkpoints
     run_dir: str = ""  # directory to write to; runs/<env-id>__<script>__<seed>__<time> if empty
     eval_episodes: int = 20  # greedy episodes in an evaluation, each of at most 100000 steps
     eval_every: int = 0  # environment steps between evaluations; 0: evaluate only at the end
     capture_video: bool = False  # record the evaluations as videos in <run-dir>/videos
     checkpoint_every: int = 60  # seconds between checkpoints; 0: save only when the run ends
-    resume: str = ""  # checkpoint to continue from; it also gives the options left out
+    resume: str = ""  # checkpoint to continue from; options not given come from it
 
     def __post_init__(self):
         """Refuse values of the wrong type or out of range; turn numpy numbers into Python's."""
@@ -143,7 +146,7 @@ def one_step_discount(gamma, terminated):
     """γ (1 - terminated), the weight of the value of s'
     [Option 2: Off-Policy Actor-Critic with a Learned Q-Function, eq. 3]
 
-    The document omits that no value follows a terminal state. Returns a number in [0, 1].
+    The document omits (1 - terminated): no value follows a terminal state. Returns a number.
     """
     return gamma * (1 - terminated)
 
@@ -180,7 +183,7 @@ def deterministic_actor_loss(q):
 def updates_due(steps, burn_in, utd):
     """⌊UTD · steps after burn-in⌋   [Key Hyperparameters and Design Choices]
 
-    Returns how many updates are due in all after so many environment steps.
+    Returns the total number of updates due after so many environment steps.
     """
     return math.floor(utd * max(steps - burn_in, 0))
 
@@ -189,7 +192,7 @@ def updates_due(steps, burn_in, utd):
 def soft_update(target, theta, tau):
     """θ_target ← (1 - τ) θ_target + τ θ   [Key Hyperparameters and Design Choices, eq. 1]
 
-    target θ_target, theta θ: lists of tensors, of which the first is changed in place.
+    target θ_target, theta θ: lists of tensors; target is changed in place.
     """
     torch._foreach_lerp_(target, theta, tau)
 
@@ -240,7 +243,7 @@ def make_policy(env, args):
 def box_actions(space):
     """A function that scales actions (n, d) in [-1, 1] to the Box space, (n, *shape).
 
-    Dimensions without bounds are not scaled. All levels of an integer get equal parts of [-1, 1].
+    Dimensions without bounds are not scaled. Each integer of an integer space gets an equal part.
     """
     low, high = space.low.astype(np.float64), space.high.astype(np.float64)
     bounded = (low > -1e9) & (high < 1e9)
@@ -260,14 +263,14 @@ def box_actions(space):
 
 
 class ReplayBuffer:
-    """The last `size` transitions (s, a, R, s', discount); the oldest is overwritten."""
+    """The last `size` transitions (s, a, R, s', discount); new ones overwrite the oldest."""
 
     def __init__(self, size, space, action):
         obs = np.zeros(space.shape, space.dtype if space.dtype.itemsize < 4 else np.float32)
         like = obs, action, np.float32(0), obs, np.float32(0)
         need = size * sum(x.nbytes for x in like)
         if need > os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"):
-            raise Refusal(f"--buffer-size {size}: {need / 2**30:,.1f} GiB exceed this machine's")
+            raise Refusal(f"--buffer-size {size}: {need / 2**30:,.1f} GiB are not in this machine")
         self.data = [np.zeros((size, *x.shape), x.dtype) for x in like]
         self.added = 0
 
@@ -317,7 +320,7 @@ def train(args: Args) -> np.ndarray:
         learner |= {"actor_optimizer": actor_optimizer, "critic_optimizer": critic_optimizer}
         run = stack.enter_context(Run(args, **learner, buffer=buffer))
         for optimizer in (actor_optimizer, critic_optimizer):
-            optimizer.param_groups[0]["lr"] = args.learning_rate  # not a checkpoint's
+            optimizer.param_groups[0]["lr"] = args.learning_rate  # the option's, if resumed
         stack.callback(torch.set_num_threads, torch.get_num_threads())
         if args.hidden**2 * args.batch_size < 2**23:
             torch.set_num_threads(1)  # for layers this small, threads cost more than they save
@@ -392,7 +395,7 @@ class Refusal(Exception):
 
 
 def check_finite(what, x):
-    """Refuse to continue if x, numbers and arrays in any nest, is not finite throughout."""
+    """Refuse to continue unless every number in x, however nested, is finite."""
     for part in x.values() if isinstance(x, dict) else x if isinstance(x, (list, tuple)) else ():
         check_finite(what, part)
     if isinstance(x, (float, np.ndarray, Tensor)) and not math.isfinite(torch.as_tensor(x).sum()):
@@ -400,7 +403,7 @@ def check_finite(what, x):
 
 
 def make_env(args, video=""):
-    """Make the environment, with flat observations or with images, Atari's as DQN saw them.
+    """Make the environment: flat observations, or images, which for Atari are DQN's.
 
     With --capture-video it records its episodes to the folder video, if one is given.
     """
@@ -445,7 +448,7 @@ class Run(AbstractContextManager):
     """A run: its directory, random generators, log, evaluations and checkpoints.
 
     `episodes` holds (return, length) of the last 100 episodes, `learner` what a checkpoint saves.
-    On an exception, also Ctrl-C and SIGTERM, the run is saved before it ends; on a Refusal not.
+    The run is saved before it ends by an exception, Ctrl-C or SIGTERM, but not by a Refusal.
     """
 
     def __init__(self, args, rank=0, **learner):

@@ -112,14 +112,14 @@ class Args:
 
     env_id: str = "CartPole-v1"  # gymnasium id of the environment; module:Name-v0 imports module
     env_kwargs: str = "{}"  # arguments for the environment, as a JSON object
-    seed: int = 1  # random seed; the same one gives the same weights on the same machine
-    device: Literal["cpu", "cuda"] = "cpu"  # where networks compute; checkpoints do not keep it
+    seed: int = 1  # random seed; one seed gives the same weights on the same machine
+    device: Literal["cpu", "cuda"] = "cpu"  # where networks compute; not saved in checkpoints
     run_dir: str = ""  # directory to write to; runs/<env-id>__<script>__<seed>__<time> if empty
     eval_episodes: int = 20  # greedy episodes in an evaluation, each of at most 100000 steps
     eval_every: int = 0  # environment steps between evaluations; 0: evaluate only at the end
     capture_video: bool = False  # record the evaluations as videos in <run-dir>/videos
     checkpoint_every: int = 60  # seconds between checkpoints; 0: save only when the run ends
-    resume: str = ""  # checkpoint to continue from; it also gives the options left out
+    resume: str = ""  # checkpoint to continue from; options not given come from it
 
     def __post_init__(self):
         """Refuse values of the wrong type or out of range; turn numpy numbers into Python's."""
@@ -184,7 +184,7 @@ def n_step_discount(gamma, n, terminated):
 def updates_due(steps, burn_in, utd):
     """⌊UTD · steps after burn-in⌋   [Key Hyperparameters and Design Choices]
 
-    Returns how many updates are due in all after so many environment steps.
+    Returns the total number of updates due after so many environment steps.
     """
     return math.floor(utd * max(steps - burn_in, 0))
 
@@ -223,7 +223,7 @@ def huber_loss(x, delta):
 def soft_update(target, theta, tau):
     """θ_target ← (1 - τ) θ_target + τ θ   [Key Hyperparameters and Design Choices, eq. 1]
 
-    target θ_target, theta θ: lists of tensors, of which the first is changed in place.
+    target θ_target, theta θ: lists of tensors; target is changed in place.
     """
     torch._foreach_lerp_(target, theta, tau)
 
@@ -327,14 +327,14 @@ def in_numpy(net):
 
 
 class ReplayBuffer:
-    """The last `size` transitions (s, a, R, s', discount); the oldest is overwritten."""
+    """The last `size` transitions (s, a, R, s', discount); new ones overwrite the oldest."""
 
     def __init__(self, size, space, action):
         obs = np.zeros(space.shape, space.dtype if space.dtype.itemsize < 4 else np.float32)
         like = obs, action, np.float32(0), obs, np.float32(0)
         need = size * sum(x.nbytes for x in like)
         if need > os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"):
-            raise Refusal(f"--buffer-size {size}: {need / 2**30:,.1f} GiB exceed this machine's")
+            raise Refusal(f"--buffer-size {size}: {need / 2**30:,.1f} GiB are not in this machine")
         self.data = [np.zeros((size, *x.shape), x.dtype) for x in like]
         self.added = 0
 
@@ -463,7 +463,7 @@ class Refusal(Exception):
 
 
 def check_finite(what, x):
-    """Refuse to continue if x, numbers and arrays in any nest, is not finite throughout."""
+    """Refuse to continue unless every number in x, however nested, is finite."""
     for part in x.values() if isinstance(x, dict) else x if isinstance(x, (list, tuple)) else ():
         check_finite(what, part)
     if isinstance(x, (float, np.ndarray, Tensor)) and not math.isfinite(torch.as_tensor(x).sum()):
@@ -471,7 +471,7 @@ def check_finite(what, x):
 
 
 def make_env(args, video=""):
-    """Make the environment, with flat observations or with images, Atari's as DQN saw them.
+    """Make the environment: flat observations, or images, which for Atari are DQN's.
 
     With --capture-video it records its episodes to the folder video, if one is given.
     """
@@ -516,7 +516,7 @@ class Run(AbstractContextManager):
     """A run: its directory, random generators, log, evaluations and checkpoints.
 
     `episodes` holds (return, length) of the last 100 episodes, `learner` what a checkpoint saves.
-    On an exception, also Ctrl-C and SIGTERM, the run is saved before it ends; on a Refusal not.
+    The run is saved before it ends by an exception, Ctrl-C or SIGTERM, but not by a Refusal.
     """
 
     def __init__(self, args, rank=0, **learner):

@@ -2,7 +2,7 @@ r"""Proximal Policy Optimization: take several steps on each batch, near the pol
 
 Derivations: "Proximal Policy Optimization (PPO)", "Importance Sampling",
 "Do We Actually Need the KL Term?", "The PPO Clip Objective", "Problems with the Clip Objective",
-"The Asymmetric Clip: DAPO"; of earlier sections "Gaussian Policy", "Softmax Policy",
+"The Asymmetric Clip: DAPO"; from earlier sections "Gaussian Policy", "Softmax Policy",
 "Review: Actor-Critic and the Advantage Function",
 "How do we learn the state-dependent baseline $V^\pi(s)$?".
 
@@ -130,14 +130,14 @@ class Args:
 
     env_id: str = "CartPole-v1"  # gymnasium id of the environment; module:Name-v0 imports module
     env_kwargs: str = "{}"  # arguments for the environment, as a JSON object
-    seed: int = 1  # random seed; the same one gives the same weights on the same machine
-    device: Literal["cpu", "cuda"] = "cpu"  # where networks compute; checkpoints do not keep it
+    seed: int = 1  # random seed; one seed gives the same weights on the same machine
+    device: Literal["cpu", "cuda"] = "cpu"  # where networks compute; not saved in checkpoints
     run_dir: str = ""  # directory to write to; runs/<env-id>__<script>__<seed>__<time> if empty
     eval_episodes: int = 20  # greedy episodes in an evaluation, each of at most 100000 steps
     eval_every: int = 0  # environment steps between evaluations; 0: evaluate only at the end
     capture_video: bool = False  # record the evaluations as videos in <run-dir>/videos
     checkpoint_every: int = 60  # seconds between checkpoints; 0: save only when the run ends
-    resume: str = ""  # checkpoint to continue from; it also gives the options left out
+    resume: str = ""  # checkpoint to continue from; options not given come from it
 
     def __post_init__(self):
         """Refuse values of the wrong type or out of range; turn numpy numbers into Python's."""
@@ -338,7 +338,7 @@ def in_numpy(net):
 def box_actions(space):
     """A function that scales actions (n, d) in [-1, 1] to the Box space, (n, *shape).
 
-    Dimensions without bounds are not scaled. All levels of an integer get equal parts of [-1, 1].
+    Dimensions without bounds are not scaled. Each integer of an integer space gets an equal part.
     """
     low, high = space.low.astype(np.float64), space.high.astype(np.float64)
     bounded = (low > -1e9) & (high < 1e9)
@@ -593,7 +593,7 @@ def make_envs(args, n):
 
 
 def check_finite(what, x):
-    """Refuse to continue if x, numbers and arrays in any nest, is not finite throughout."""
+    """Refuse to continue unless every number in x, however nested, is finite."""
     for part in x.values() if isinstance(x, dict) else x if isinstance(x, (list, tuple)) else ():
         check_finite(what, part)
     if isinstance(x, (float, np.ndarray, Tensor)) and not math.isfinite(torch.as_tensor(x).sum()):
@@ -601,7 +601,7 @@ def check_finite(what, x):
 
 
 def make_env(args, video=""):
-    """Make the environment, with flat observations or with images, Atari's as DQN saw them.
+    """Make the environment: flat observations, or images, which for Atari are DQN's.
 
     With --capture-video it records its episodes to the folder video, if one is given.
     """
@@ -646,7 +646,7 @@ class Run(AbstractContextManager):
     """A run: its directory, random generators, log, evaluations and checkpoints.
 
     `episodes` holds (return, length) of the last 100 episodes, `learner` what a checkpoint saves.
-    On an exception, also Ctrl-C and SIGTERM, the run is saved before it ends; on a Refusal not.
+    The run is saved before it ends by an exception, Ctrl-C or SIGTERM, but not by a Refusal.
     """
 
     def __init__(self, args, rank=0, **learner):

@@ -2,36 +2,40 @@
 
 Derivations: "Soft Actor-Critic (SAC)", "What is Maximum Entropy RL?",
 "Simplifying the MaxEnt Objective", "The SAC Q-Function", "SAC's Policy Update",
-"Practical Design Choices in SAC", "Summary: DDPG vs TD3 vs SAC"; of earlier sections
+"Practical Design Choices in SAC", "Summary: DDPG vs TD3 vs SAC"; from earlier sections
 "Key Hyperparameters and Design Choices",
 "Option 2: Off-Policy Actor-Critic with a Learned Q-Function",
 "The Deterministic Policy Gradient: How Backprop Works Through the Critic",
 "DDPG and TD3: The Full Algorithm".
 
-    1.  Initialise the actor π_θ, critics Q_1, Q_2 of weights φ, targets equal to them, the
-        temperature α = 1 and an empty buffer D.
+    1.  Initialise the actor π_θ, the critics Q_1, Q_2 with weights φ, a target copy of each critic,
+        the temperature α = 1 (or --alpha) and an empty buffer D.
     2.  Act uniformly at random during burn-in, then with a ~ π_θ(·|s).
     3.  Store (s, a, r, s', discount) in D: discount = γ (1 - terminated).
     4.  Sample a batch from D; --utd says how many batches for each environment step.
     5.  a' ~ π_θ(·|s'),   y = r + discount (min_i Q_i,target(s', a') - α log π_θ(a'|s'))
     6.  One Adam step on φ down the gradient of Σ_i E[(Q_i(s, a) - y)²].
     7.  One Adam step on θ up the gradient of E[min_i Q_i(s, a) - α log π_θ(a|s)], a ~ π_θ(·|s).
-    8.  One Adam step on log α down log α (H - H_target): α rises if the entropy H is too low.
+    8.  One Adam step on log α down the gradient of log α (H - H_target): α rises if the entropy H
+        of π_θ is below H_target = -action_dim. A given --alpha stays fixed.
     9.  Targets: φ_target = (1 - τ) φ_target + τ φ; repeat from 2.
 
 Notation: s, s' -> obs, next_obs -> (B, obs_dim);  a, a' -> action, next_action -> (B, action_dim),
 in (-1, 1);  r -> reward -> (B,);  Q_i -> q -> (2, B), a row for each critic;  log π_θ -> logp ->
-(B,);  y -> td_target -> (B,).
+(B,);  y -> td_target -> (B,).  Batches sampled from D are b_obs, b_action, ...; new_action is the a
+of step 7.
 
 π_θ is the distribution of a = tanh(u), u ~ N(m_θ(s), σ_θ(s)²); log π_θ is its density on (-1, 1).
-Actions are scaled to the environment's bounds afterwards, so the entropy and its target -action_dim
-do not depend on units. After a time limit (truncated) Q of the last state stands for the rewards
-that would have followed; after termination nothing follows.
+Actions are scaled to the environment's bounds afterwards, so the entropy and its target do not
+depend on the units of actions. After a time limit (truncated) Q of the last state stands for the
+rewards that would have followed; after termination nothing follows.
 
-Beyond the document: tanh, as in the paper; log σ_θ clipped to [-20, 2], as in its authors' code.
-The document only describes the update of α. Here log α is updated, without the paper's factor α,
-which would slow down a small α. Adam takes the gradient steps, with torch's own ε. For short tasks
-the learning rate is 1e-3 (3e-4 in the paper) and burn-in 1,000 steps long.
+Beyond the document: tanh bounds the actions, as in the paper; log σ_θ is clipped to [-20, 2], as in
+its authors' code. The document only describes the update of α. The paper's loss for it is
+α (H - H_target); step 8 has log α in place of α, as an early version of its authors' code does.
+Adam takes the gradient steps, with torch's defaults but for the learning rate. τ is the α of the
+document's soft update. For short tasks the learning rate is 1e-3 (3e-4 in the paper) and burn-in
+takes 1,000 steps.
 
 Logged: start_value is min_i Q_i for the mean action at the first observation of an episode, which
 includes the entropy to come; start_return is the discounted return that followed, without entropy.
@@ -88,7 +92,7 @@ LIMITS = {"gamma": (0, 1), "tau": (0, 1)}  # least and most
 class Args:
     total_timesteps: int = 15_000  # environment steps
     burn_in: int = 1_000  # steps of random actions before the first update; at least 1
-    alpha: float | None = None  # α, temperature; None: tune it to an entropy of -action_dim
+    alpha: float | None = None  # α, weight of entropy; None: tuned for an entropy of -action_dim
     gamma: float = 0.99  # γ, the discount factor
     buffer_size: int = 1_000_000  # transitions in the replay buffer; new ones replace the oldest
     batch_size: int = 256  # B, transitions in the batch of an update
@@ -99,14 +103,14 @@ class Args:
 
     env_id: str = "Pendulum-v1"  # gymnasium id of the environment; module:Name-v0 imports module
     env_kwargs: str = "{}"  # arguments for the environment, as a JSON object
-    seed: int = 1  # random seed; the same one gives the same weights on the same machine
-    device: Literal["cpu", "cuda"] = "cpu"  # where networks compute; checkpoints do not keep it
+    seed: int = 1  # random seed; one seed gives the same weights on the same machine
+    device: Literal["cpu", "cuda"] = "cpu"  # where networks compute; not saved in checkpoints
     run_dir: str = ""  # directory to write to; runs/<env-id>__<script>__<seed>__<time> if empty
     eval_episodes: int = 20  # greedy episodes in an evaluation, each of at most 100000 steps
     eval_every: int = 0  # environment steps between evaluations; 0: evaluate only at the end
     capture_video: bool = False  # record the evaluations as videos in <run-dir>/videos
     checkpoint_every: int = 60  # seconds between checkpoints; 0: save only when the run ends
-    resume: str = ""  # checkpoint to continue from; it also gives the options left out
+    resume: str = ""  # checkpoint to continue from; options not given come from it
 
     def __post_init__(self):
         """Refuse values of the wrong type or out of range; turn numpy numbers into Python's."""
@@ -150,7 +154,7 @@ def one_step_discount(gamma, terminated):
     """γ (1 - terminated), the weight of the value of s'
     [Option 2: Off-Policy Actor-Critic with a Learned Q-Function, eq. 3]
 
-    The document omits that no value follows a terminal state. Returns a number in [0, 1].
+    The document omits (1 - terminated): no value follows a terminal state. Returns a number.
     """
     return gamma * (1 - terminated)
 
@@ -159,8 +163,8 @@ def sac_target(reward, discount, q_next, logp_next, alpha):
     """y = r + discount (min_i Q_i,target(s', a') - α log π(a'|s'))
     [Practical Design Choices in SAC, eq. 1]
 
-    [The SAC Q-Function, eq. 1] with the lower of two critics, those of the target network, and one
-    sample a' ~ π(·|s') for the expectation. reward r, discount, logp_next log π(a'|s'): (B,);
+    This is [The SAC Q-Function, eq. 1] with the lower of the two target critics, and one sample
+    a' ~ π(·|s') for the expectation. reward r, discount, logp_next log π(a'|s'): (B,);
     q_next Q_i,target(s', a'): (2, B); alpha α: a number. Returns (B,), in units of reward.
     """
     return reward + discount * (q_next.amin(0) - alpha * logp_next)
@@ -179,8 +183,8 @@ def critic_loss(q, td_target):
 def soft_actor_loss(q, logp, alpha):
     """L = -E[min_i Q_i(s, a) - α log π_θ(a|s)]   [SAC's Policy Update, eq. 1]
 
-    With the lower of two critics, as [Practical Design Choices in SAC] says. Of actions
-    a ~ π_θ(·|s): q Q_i(s, a): (2, B); logp log π_θ(a|s): (B,); alpha α: a number.
+    The equation has one critic; the lower of two is from [Practical Design Choices in SAC].
+    For a ~ π_θ(·|s): q Q_i(s, a): (2, B); logp log π_θ(a|s): (B,); alpha α: a number.
     Returns (), to be minimised, in units of reward.
     """
     return (alpha * logp - q.amin(0)).mean()
@@ -189,8 +193,9 @@ def soft_actor_loss(q, logp, alpha):
 def temperature_loss(log_alpha, logp, target_entropy):
     """L = log α (H - H_target),  H = E[-log π_θ(a|s)]   [Practical Design Choices in SAC]
 
-    H is that of [What is Maximum Entropy RL?, eq. 3]. A step down raises α where the entropy is
-    below its target. log_alpha: (); logp log π_θ(a|s): (B,), held fixed. Returns ().
+    H is the entropy of [What is Maximum Entropy RL?, eq. 3], a mean over the batch. A descent step
+    raises α if H is below its target. log_alpha log α: (); logp log π_θ(a|s): (B,), held fixed;
+    target_entropy H_target: a number. Returns (), to be minimised.
     """
     return log_alpha * (-logp.detach().mean() - target_entropy)
 
@@ -198,7 +203,7 @@ def temperature_loss(log_alpha, logp, target_entropy):
 def updates_due(steps, burn_in, utd):
     """⌊UTD · steps after burn-in⌋   [Key Hyperparameters and Design Choices]
 
-    Returns how many updates are due in all after so many environment steps.
+    Returns the total number of updates due after so many environment steps.
     """
     return math.floor(utd * max(steps - burn_in, 0))
 
@@ -207,7 +212,7 @@ def updates_due(steps, burn_in, utd):
 def soft_update(target, theta, tau):
     """θ_target ← (1 - τ) θ_target + τ θ   [Key Hyperparameters and Design Choices, eq. 1]
 
-    target θ_target, theta θ: lists of tensors, of which the first is changed in place.
+    target θ_target, theta θ: lists of tensors; target is changed in place.
     """
     torch._foreach_lerp_(target, theta, tau)
 
@@ -246,7 +251,7 @@ class QNetworks(nn.Module):
         super().__init__()
         inputs = env.observation_space.shape[0] + env.action_space.low.size
 
-        def uniform(fan_in, *shape):  # as nn.Linear begins
+        def uniform(fan_in, *shape):  # nn.Linear's initialisation
             return nn.Parameter((2 * torch.rand(count, *shape) - 1) / math.sqrt(fan_in))
 
         self.w_1, self.b_1 = uniform(inputs, inputs, hidden), uniform(inputs, 1, hidden)
@@ -272,7 +277,7 @@ def make_policy(env, args):
 def box_actions(space):
     """A function that scales actions (n, d) in [-1, 1] to the Box space, (n, *shape).
 
-    Dimensions without bounds are not scaled. All levels of an integer get equal parts of [-1, 1].
+    Dimensions without bounds are not scaled. Each integer of an integer space gets an equal part.
     """
     low, high = space.low.astype(np.float64), space.high.astype(np.float64)
     bounded = (low > -1e9) & (high < 1e9)
@@ -292,14 +297,14 @@ def box_actions(space):
 
 
 class ReplayBuffer:
-    """The last `size` transitions (s, a, R, s', discount); the oldest is overwritten."""
+    """The last `size` transitions (s, a, R, s', discount); new ones overwrite the oldest."""
 
     def __init__(self, size, space, action):
         obs = np.zeros(space.shape, space.dtype if space.dtype.itemsize < 4 else np.float32)
         like = obs, action, np.float32(0), obs, np.float32(0)
         need = size * sum(x.nbytes for x in like)
         if need > os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"):
-            raise Refusal(f"--buffer-size {size}: {need / 2**30:,.1f} GiB exceed this machine's")
+            raise Refusal(f"--buffer-size {size}: {need / 2**30:,.1f} GiB are not in this machine")
         self.data = [np.zeros((size, *x.shape), x.dtype) for x in like]
         self.added = 0
 
@@ -350,7 +355,7 @@ def train(args: Args) -> np.ndarray:
         learner |= {"temperature": temperature, "alpha_optimizer": alpha_optimizer}
         run = stack.enter_context(Run(args, **learner, buffer=buffer))
         for optimizer in (actor_optimizer, critic_optimizer, alpha_optimizer):
-            optimizer.param_groups[0]["lr"] = args.learning_rate  # not a checkpoint's
+            optimizer.param_groups[0]["lr"] = args.learning_rate  # the option's, if resumed
         stack.callback(torch.set_num_threads, torch.get_num_threads())
         if args.hidden**2 * args.batch_size < 2**23:
             torch.set_num_threads(1)  # for layers this small, threads cost more than they save
@@ -431,7 +436,7 @@ class Refusal(Exception):
 
 
 def check_finite(what, x):
-    """Refuse to continue if x, numbers and arrays in any nest, is not finite throughout."""
+    """Refuse to continue unless every number in x, however nested, is finite."""
     for part in x.values() if isinstance(x, dict) else x if isinstance(x, (list, tuple)) else ():
         check_finite(what, part)
     if isinstance(x, (float, np.ndarray, Tensor)) and not math.isfinite(torch.as_tensor(x).sum()):
@@ -439,7 +444,7 @@ def check_finite(what, x):
 
 
 def make_env(args, video=""):
-    """Make the environment, with flat observations or with images, Atari's as DQN saw them.
+    """Make the environment: flat observations, or images, which for Atari are DQN's.
 
     With --capture-video it records its episodes to the folder video, if one is given.
     """
@@ -484,7 +489,7 @@ class Run(AbstractContextManager):
     """A run: its directory, random generators, log, evaluations and checkpoints.
 
     `episodes` holds (return, length) of the last 100 episodes, `learner` what a checkpoint saves.
-    On an exception, also Ctrl-C and SIGTERM, the run is saved before it ends; on a Refusal not.
+    The run is saved before it ends by an exception, Ctrl-C or SIGTERM, but not by a Refusal.
     """
 
     def __init__(self, args, rank=0, **learner):

@@ -3,12 +3,12 @@ r"""Twin Delayed DDPG: DDPG that trusts the lower of two critics and updates its
 Derivations: "DDPG and TD3: The Full Algorithm",
 "DDPG and TD3: Off-Policy Actor-Critic for Continuous Actions",
 "The Deterministic Policy Gradient: How Backprop Works Through the Critic",
-"Is there a separate policy $\mu$?", "Summary: DDPG vs TD3 vs SAC"; of earlier sections
+"Is there a separate policy $\mu$?", "Summary: DDPG vs TD3 vs SAC"; from earlier sections
 "Option 2: Off-Policy Actor-Critic with a Learned Q-Function",
 "Key Hyperparameters and Design Choices".
 
-    1.  Initialise the actor π_θ, critics Q_1, Q_2 of weights φ, targets equal to them and an empty
-        buffer D.
+    1.  Initialise the actor π_θ, the critics Q_1, Q_2 with weights φ, a target copy of each and an
+        empty buffer D.
     2.  Act: uniformly at random during burn-in, then a = clip(π_θ(s) + σ ε, -1, 1), ε ~ N(0, 1).
     3.  Store (s, a, r, s', discount) in D: discount = γ (1 - terminated).
     4.  Sample a batch from D; --utd says how many batches for each environment step.
@@ -19,7 +19,7 @@ Derivations: "DDPG and TD3: The Full Algorithm",
     8.  targets: φ_target = (1 - τ) φ_target + τ φ, θ_target alike. Repeat from 2.
 
 Notation: s, s' -> obs, next_obs -> (B, obs_dim);  a, a' -> action, next_action -> (B, action_dim),
-in [-1, 1], scaled to the environment's bounds when it acts;  r -> reward -> (B,);  Q_i -> q ->
+in [-1, 1], scaled to the environment's bounds by to_env;  r -> reward -> (B,);  Q_i -> q ->
 (2, B), a row for each critic;  y -> td_target -> (B,).  Batches sampled from D are b_obs,
 b_action, ...
 
@@ -27,9 +27,13 @@ After a time limit (truncated) Q of the last state stands for the rewards that w
 after termination nothing follows.
 
 Beyond the document: a' comes from the target actor, as in the paper; the document takes it from the
-current policy. Adam takes the gradient steps, with torch's own ε. Unlike the paper's, the actor's
-last layer starts near 0, as in DDPG's paper. Both hidden layers have 400 units (400 and 300 in the
-paper). Burn-in takes 10,000 steps everywhere, as in the paper for HalfCheetah (1,000 elsewhere).
+current policy. The noise on a' is clipped to [-c, c], as in the paper, and actions to [-1, 1]; the
+document clips neither. Adam takes the gradient steps, with torch's defaults but for the learning
+rate. τ is the α of the document's soft update.
+
+Unlike the paper's, the actor's last layer starts near 0, as in DDPG's paper. Both hidden layers
+have 400 units, since --hidden sets both (400 and 300 in the paper). Burn-in takes 10,000 steps
+everywhere; the paper has that for HalfCheetah and Ant, and 1,000 elsewhere.
 
 Logged: start_value is min_i Q_i(s, π_θ(s)) at the first observation of an episode, start_return the
 discounted return that followed, exploration included; both are means over the last 100 episodes.
@@ -88,9 +92,9 @@ class Args:
     total_timesteps: int = 20_000  # environment steps
     burn_in: int = 10_000  # steps of random actions before the first update; at least 1
     sigma: float = 0.1  # σ, standard deviation of exploration noise; 1 is half an action's range
-    target_sigma: float = 0.2  # σ_target, standard deviation of the noise on the target's action
-    noise_clip: float = 0.5  # c: that noise is clipped to [-c, c]
-    actor_every: int = 2  # d, updates of the critics for one of the actor and the targets
+    target_sigma: float = 0.2  # σ_target, standard deviation of noise on the target actor's action
+    noise_clip: float = 0.5  # c: noise on the target actor's action is clipped to [-c, c]
+    actor_every: int = 2  # d: actor and targets are updated at every d-th update of the critics
     gamma: float = 0.99  # γ, the discount factor
     buffer_size: int = 1_000_000  # transitions in the replay buffer; new ones replace the oldest
     batch_size: int = 100  # B, transitions in the batch of an update
@@ -101,14 +105,14 @@ class Args:
 
     env_id: str = "Pendulum-v1"  # gymnasium id of the environment; module:Name-v0 imports module
     env_kwargs: str = "{}"  # arguments for the environment, as a JSON object
-    seed: int = 1  # random seed; the same one gives the same weights on the same machine
-    device: Literal["cpu", "cuda"] = "cpu"  # where networks compute; checkpoints do not keep it
+    seed: int = 1  # random seed; one seed gives the same weights on the same machine
+    device: Literal["cpu", "cuda"] = "cpu"  # where networks compute; not saved in checkpoints
     run_dir: str = ""  # directory to write to; runs/<env-id>__<script>__<seed>__<time> if empty
     eval_episodes: int = 20  # greedy episodes in an evaluation, each of at most 100000 steps
     eval_every: int = 0  # environment steps between evaluations; 0: evaluate only at the end
     capture_video: bool = False  # record the evaluations as videos in <run-dir>/videos
     checkpoint_every: int = 60  # seconds between checkpoints; 0: save only when the run ends
-    resume: str = ""  # checkpoint to continue from; it also gives the options left out
+    resume: str = ""  # checkpoint to continue from; options not given come from it
 
     def __post_init__(self):
         """Refuse values of the wrong type or out of range; turn numpy numbers into Python's."""
@@ -147,15 +151,17 @@ def one_step_discount(gamma, terminated):
     """γ (1 - terminated), the weight of the value of s'
     [Option 2: Off-Policy Actor-Critic with a Learned Q-Function, eq. 3]
 
-    The document omits that no value follows a terminal state. Returns a number in [0, 1].
+    The document omits (1 - terminated): no value follows a terminal state. Returns a number.
     """
     return gamma * (1 - terminated)
 
 
 def smooth(action, noise, target_sigma, noise_clip):
-    """a' = clip(π(s') + clip(σ_target ε, -c, c), -1, 1)   [DDPG and TD3: The Full Algorithm, eq. 2]
+    """a' = clip(π_target(s') + clip(σ_target ε, -c, c), -1, 1)
+    [DDPG and TD3: The Full Algorithm, eq. 2]
 
-    action π_target(s'), noise ε ~ N(0, 1): (B, action_dim). Returns the same, in [-1, 1].
+    The document takes π_θ(s') and has no clips. action π_target(s'), noise ε ~ N(0, 1): (B,
+    action_dim). Returns a', of the same shape.
     """
     return (action + (target_sigma * noise).clip(-noise_clip, noise_clip)).clip(-1, 1)
 
@@ -191,7 +197,7 @@ def deterministic_actor_loss(q):
 def updates_due(steps, burn_in, utd):
     """⌊UTD · steps after burn-in⌋   [Key Hyperparameters and Design Choices]
 
-    Returns how many updates are due in all after so many environment steps.
+    Returns the total number of updates due after so many environment steps.
     """
     return math.floor(utd * max(steps - burn_in, 0))
 
@@ -200,7 +206,7 @@ def updates_due(steps, burn_in, utd):
 def soft_update(target, theta, tau):
     """θ_target ← (1 - τ) θ_target + τ θ   [Key Hyperparameters and Design Choices, eq. 1]
 
-    target θ_target, theta θ: lists of tensors, of which the first is changed in place.
+    target θ_target, theta θ: lists of tensors; target is changed in place.
     """
     torch._foreach_lerp_(target, theta, tau)
 
@@ -233,7 +239,7 @@ class QNetworks(nn.Module):
         super().__init__()
         inputs = env.observation_space.shape[0] + env.action_space.low.size
 
-        def uniform(fan_in, *shape):  # as nn.Linear begins
+        def uniform(fan_in, *shape):  # nn.Linear's initialisation
             return nn.Parameter((2 * torch.rand(count, *shape) - 1) / math.sqrt(fan_in))
 
         self.w_1, self.b_1 = uniform(inputs, inputs, hidden), uniform(inputs, 1, hidden)
@@ -259,7 +265,7 @@ def make_policy(env, args):
 def box_actions(space):
     """A function that scales actions (n, d) in [-1, 1] to the Box space, (n, *shape).
 
-    Dimensions without bounds are not scaled. All levels of an integer get equal parts of [-1, 1].
+    Dimensions without bounds are not scaled. Each integer of an integer space gets an equal part.
     """
     low, high = space.low.astype(np.float64), space.high.astype(np.float64)
     bounded = (low > -1e9) & (high < 1e9)
@@ -279,14 +285,14 @@ def box_actions(space):
 
 
 class ReplayBuffer:
-    """The last `size` transitions (s, a, R, s', discount); the oldest is overwritten."""
+    """The last `size` transitions (s, a, R, s', discount); new ones overwrite the oldest."""
 
     def __init__(self, size, space, action):
         obs = np.zeros(space.shape, space.dtype if space.dtype.itemsize < 4 else np.float32)
         like = obs, action, np.float32(0), obs, np.float32(0)
         need = size * sum(x.nbytes for x in like)
         if need > os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"):
-            raise Refusal(f"--buffer-size {size}: {need / 2**30:,.1f} GiB exceed this machine's")
+            raise Refusal(f"--buffer-size {size}: {need / 2**30:,.1f} GiB are not in this machine")
         self.data = [np.zeros((size, *x.shape), x.dtype) for x in like]
         self.added = 0
 
@@ -336,7 +342,7 @@ def train(args: Args) -> np.ndarray:
         learner |= {"actor_optimizer": actor_optimizer, "critic_optimizer": critic_optimizer}
         run = stack.enter_context(Run(args, **learner, buffer=buffer))
         for optimizer in (actor_optimizer, critic_optimizer):
-            optimizer.param_groups[0]["lr"] = args.learning_rate  # not a checkpoint's
+            optimizer.param_groups[0]["lr"] = args.learning_rate  # the option's, if resumed
         stack.callback(torch.set_num_threads, torch.get_num_threads())
         if args.hidden**2 * args.batch_size < 2**23:
             torch.set_num_threads(1)  # for layers this small, threads cost more than they save
@@ -389,7 +395,7 @@ def train(args: Args) -> np.ndarray:
                 losses.append([x.item() for x in (q_loss, q.mean())])
                 if (number + 1) % args.actor_every == 0:
                     # 7. Actor: the gradient flows through Q_1 alone and leaves it as it is.
-                    phi_1 = {name: x[:1] for name, x in critic.named_parameters()}
+                    phi_1 = {name: x[:1] for name, x in critic.named_parameters()}  # Q_1's
                     [q_1] = functional_call(critic, phi_1, (b_obs, actor(b_obs)))
                     actor_loss = deterministic_actor_loss(q_1)
                     actor.zero_grad()
@@ -417,7 +423,7 @@ class Refusal(Exception):
 
 
 def check_finite(what, x):
-    """Refuse to continue if x, numbers and arrays in any nest, is not finite throughout."""
+    """Refuse to continue unless every number in x, however nested, is finite."""
     for part in x.values() if isinstance(x, dict) else x if isinstance(x, (list, tuple)) else ():
         check_finite(what, part)
     if isinstance(x, (float, np.ndarray, Tensor)) and not math.isfinite(torch.as_tensor(x).sum()):
@@ -425,7 +431,7 @@ def check_finite(what, x):
 
 
 def make_env(args, video=""):
-    """Make the environment, with flat observations or with images, Atari's as DQN saw them.
+    """Make the environment: flat observations, or images, which for Atari are DQN's.
 
     With --capture-video it records its episodes to the folder video, if one is given.
     """
@@ -470,7 +476,7 @@ class Run(AbstractContextManager):
     """A run: its directory, random generators, log, evaluations and checkpoints.
 
     `episodes` holds (return, length) of the last 100 episodes, `learner` what a checkpoint saves.
-    On an exception, also Ctrl-C and SIGTERM, the run is saved before it ends; on a Refusal not.
+    The run is saved before it ends by an exception, Ctrl-C or SIGTERM, but not by a Refusal.
     """
 
     def __init__(self, args, rank=0, **learner):
