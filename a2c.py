@@ -379,9 +379,9 @@ def train(args: Args) -> np.ndarray:
         stack.callback(envs.close)
         T = 10_000 if whole else args.num_steps
         policy = make_policy(env, args).to(device)
-        shared = [policy[0]] if image else []  # the same for both networks
-        critic = nn.Sequential(*shared, *mlp(env, args, 1, gain=1.0)).to(device)
-        parameters = [*nn.ModuleList([policy, critic]).parameters()]
+        torso, head = policy if image else (nn.Identity(), policy)  # both networks share the torso
+        critic = nn.Sequential(*mlp(env, args, 1, gain=1.0)).to(device)
+        parameters = [*policy.parameters(), *critic.parameters()]
         optimizer = torch.optim.RMSprop(parameters, eps=0.1)
         run = stack.enter_context(
             Run(args, rank, policy=policy, critic=critic, optimizer=optimizer)
@@ -432,7 +432,7 @@ def train(args: Args) -> np.ndarray:
             rollout = obs, np.stack(actions), rewards, terminated, truncated, real
             s, a, r, *ends, real_steps = (torch.from_numpy(x[: t + 1]) for x in rollout)
             with torch.no_grad():
-                values = critic(torch.from_numpy(obs[: t + 2]).to(device)).squeeze(-1).cpu()
+                values = critic(torso(torch.from_numpy(obs[: t + 2]).to(device))).squeeze(-1).cpu()
                 advantages = k_step_advantages(r, values, *ends, args.gamma, args.k_step or T)
                 rows = s, a, advantages, advantages + values[:-1]
                 b_obs, b_actions, b_advantages, b_returns = (x[real_steps].to(device) for x in rows)
@@ -440,9 +440,10 @@ def train(args: Args) -> np.ndarray:
             share = len(b_obs) / total  # this process's share of the real steps
 
             # 4. Loss, which is -L.
-            output = policy(b_obs)
+            features = torso(b_obs)
+            output = head(features)
             pg_loss = policy_gradient_loss(policy.log_prob(output, b_actions), b_advantages)
-            v_loss = value_loss(critic(b_obs).squeeze(-1), b_returns)
+            v_loss = value_loss(critic(features).squeeze(-1), b_returns)
             entropy = policy.entropy(output).mean()
             loss = pg_loss - args.entropy_coef * entropy + args.value_coef * v_loss
 

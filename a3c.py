@@ -372,9 +372,9 @@ def train(args: Args) -> np.ndarray:
         env = stack.enter_context(make_env(args))
         policy = make_policy(env, args)
         image = len(env.observation_space.shape) > 1
-        shared = [policy[0]] if image else []  # the same for both networks
-        critic = nn.Sequential(*shared, *mlp(env, args, 1, gain=1.0))
-        theta = [*nn.ModuleList([policy, critic]).parameters()]
+        torso, head = policy if image else (nn.Identity(), policy)  # both networks share the torso
+        critic = nn.Sequential(*mlp(env, args, 1, gain=1.0))
+        theta = [*policy.parameters(), *critic.parameters()]
         own = [x.detach() for x in theta]  # in the same memory, without gradients
         shared_theta = [x.clone().share_memory_() for x in own]
         optimizer = torch.optim.RMSprop(shared_theta, eps=0.1, foreach=True)
@@ -431,14 +431,15 @@ def train(args: Args) -> np.ndarray:
                     rewards.clip(-1, 1, rewards)
 
                 # 4. Advantages and returns.
-                rollout = obs, np.concatenate(actions), rewards, terminated, truncated
-                s, a, r, *ends = (torch.from_numpy(x[:t]) for x in rollout)
-                values = critic(torch.from_numpy(obs[: t + 1])).squeeze(-1)  # (T+1,)
+                rollout = np.concatenate(actions), rewards, terminated, truncated
+                a, r, *ends = (torch.from_numpy(x[:t]) for x in rollout)
+                features = torso(torch.from_numpy(obs[: t + 1]))
+                values = critic(features).squeeze(-1)  # (T+1,)
                 advantages = k_step_advantages(r, values.detach(), *ends, args.gamma, k)
                 returns = advantages + values[:-1].detach()
 
                 # 5. Loss, which is -L.
-                output = policy(s)
+                output = head(features[:-1])
                 pg_loss = policy_gradient_loss(policy.log_prob(output, a), advantages)
                 v_loss = value_loss(values[:-1], returns)
                 entropy = policy.entropy(output).mean()

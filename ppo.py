@@ -439,9 +439,11 @@ def train(args: Args) -> np.ndarray:
         envs = gym.make_vec(env.spec, N, "sync") if image else make_envs(args, N)
         stack.callback(envs.close)
         policy = make_policy(env, args).to(device)
-        shared = [policy[0]] if args.norm_obs or image else []  # the same for both networks
-        critic = nn.Sequential(*shared, *mlp(env, args, 1, gain=1.0)).to(device)
-        parameters = [*nn.ModuleList([policy, critic]).parameters()]
+        # Both networks begin with the same normaliser or torso: it is computed once, by first.
+        first, *rest = policy if args.norm_obs or image else (nn.Identity(), *policy)
+        head = nn.Sequential(*rest)
+        critic = nn.Sequential(*mlp(env, args, 1, gain=1.0)).to(device)
+        parameters = [*policy.parameters(), *critic.parameters()]
         optimizer = torch.optim.Adam(parameters, eps=1e-5, fused=True)
         reward_norm = RunningNorm()
         learner = {"policy": policy, "critic": critic, "optimizer": optimizer}
@@ -492,7 +494,7 @@ def train(args: Args) -> np.ndarray:
                 reward_norm.include(torch.from_numpy(so_far)[real_steps])
                 r = (r / reward_norm.var.sqrt().clamp(min=0.01)).clamp(-10, 10)
             with torch.no_grad():
-                values = critic(s.to(device)).squeeze(-1).cpu()  # (T+1, N)
+                values = critic(first(s.to(device))).squeeze(-1).cpu()  # (T+1, N)
                 advantages = gae(r, values, *ends, args.gamma, args.gae_lambda)
                 rows = s[:T], a, advantages, advantages + values[:T]
                 b_obs, b_actions, b_advantages, b_returns = (x[real_steps].to(device) for x in rows)
@@ -510,7 +512,8 @@ def train(args: Args) -> np.ndarray:
                 minibatches = zip(*(x[order].tensor_split(args.minibatches) for x in batch))
                 for mb_obs, mb_actions, mb_logp_old, mb_advantages, mb_returns in minibatches:
                     # 5. Importance ratio r(θ)   [Importance Sampling, eq. 3].
-                    output = policy(mb_obs)
+                    features = first(mb_obs)
+                    output = head(features)
                     logp = policy.log_prob(output, mb_actions)
                     ratio = (logp - mb_logp_old).exp()
                     # 6. Objective.
@@ -520,7 +523,7 @@ def train(args: Args) -> np.ndarray:
                         kl = kl_divergence(mb_logp_old, logp)
                         surrogate = penalized_surrogate(ratio, mb_advantages, kl, args.alpha)
                     # 7. Adam step.
-                    v_loss = value_loss(critic(mb_obs).squeeze(-1), mb_returns)
+                    v_loss = value_loss(critic(features).squeeze(-1), mb_returns)
                     loss = args.value_coef * v_loss - surrogate
                     if args.entropy_coef:
                         loss = loss - args.entropy_coef * policy.entropy(output).mean()

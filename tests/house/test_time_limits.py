@@ -32,6 +32,8 @@ def values(name, learner, obs):
         action = torch.as_tensor(policy.act(obs.numpy()))
         return learner["critic"](obs, action).reshape(-1, len(obs)).mean(0)
     scale = 0.5 if name == "awr" else 1  # its critic gives (1 - γ) V
+    if name == "ppo" and isinstance(policy[0], module("ppo").RunningNorm):
+        obs = policy[0](obs)  # it normalises for both networks
     return learner["critic"](obs).squeeze(-1) / scale
 
 

@@ -329,9 +329,10 @@ def trained(tmp_path, env_id, steps, **options):
     checkpoint = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
     policy, env = policy_for(env_id, hidden=args.hidden, norm_obs=args.norm_obs)
     norm = [policy[0]] if args.norm_obs else []
-    critic = torch.nn.Sequential(*norm, *ppo.mlp(env, args, 1, 1.0))
+    critic = torch.nn.Sequential(*ppo.mlp(env, args, 1, 1.0))
     policy.load_state_dict(checkpoint["policy"])
     critic.load_state_dict(checkpoint["critic"])
+    critic = torch.nn.Sequential(*norm, *critic)
     return returns, lambda *obs: critic(torch.tensor(obs).float()).squeeze(-1).tolist()
 
 
