@@ -284,7 +284,8 @@ class Torso(nn.Sequential):
     """
 
     def __init__(self, space):
-        relu, layers = nn.ReLU(), [nn.LazyConv2d(16, 3), nn.ReLU()]
+        relu = nn.ReLU()
+        layers = [nn.LazyConv2d(16, 3), relu]
         if space.shape[1] >= 36:  # DQN in Nature: (32, 8, 4), (64, 4, 2), (64, 3, 1) and 512
             layers = [nn.LazyConv2d(16, 8, 4), relu, nn.Conv2d(16, 32, 4, 2), relu]
         super().__init__(*layers, nn.Flatten(), nn.LazyLinear(256), relu)
