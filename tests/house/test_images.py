@@ -132,10 +132,23 @@ def test_rewards_are_clipped_before_they_are_learned_from(name, tmp_path):
 
 
 def test_flat_observations_keep_their_rewards(tmp_path):
-    """--clip-rewards is of images alone: Constant pays 1, a Pendulum less than -1."""
-    train("dqn", tmp_path, env_id="Acrobot-v1", env_kwargs="{}")
-    module("dqn").train(args("dqn", tmp_path / "a", env_id="Stays-v0", n_step=2))
-    assert load(tmp_path / "a")["buffer"]["data"][2].abs().max() > 1
+    """--clip-rewards is of images alone: Wander pays 1 or 2."""
+    train("dqn", tmp_path, env_id="Wander-v0", n_step=1)
+    assert set(load(tmp_path)["buffer"]["data"][2].unique().tolist()) == {1, 2}
+
+
+@pytest.mark.parametrize("name", ["dqn", "double_dqn"])
+def test_the_target_network_has_a_torso_of_its_own(name, tmp_path):
+    """A target that is never updated is what the network began as, every layer of it."""
+    script = module(name)
+    learn(name, tmp_path, total_timesteps=300, target_every=10**6)
+    task = script.Args(env_id="Pixel-v0")
+    torch.manual_seed(task.seed)
+    with script.make_env(task) as env:
+        first = script.make_policy(env, task).state_dict()
+    checkpoint = load(tmp_path)
+    assert same(dict(checkpoint["target_net"]), dict(first))
+    assert not any(torch.equal(checkpoint["policy"][key], first[key]) for key in first)
 
 
 def frames(n):
