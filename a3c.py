@@ -36,7 +36,7 @@ from the paper's because they carry over to more tasks: k is 32 (5 in the paper)
 
 Observations that are images (Boxes of bytes or bools with three axes) pass through convolutions
 that policy and critic share; each network adds a linear layer. Images are not normalised. With
---clip-rewards their rewards are clipped to [-1, 1] for learning; logs show them unclipped. An ALE/
+--clip-rewards rewards are then clipped to [-1, 1] for learning; logs show them unclipped. An ALE/
 id is an Atari game: its observation is the last four grey frames of 84 x 84, an action lasts four
 frames, and in v5 the game repeats the previous action with probability 1/4 (sticky actions).
 

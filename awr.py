@@ -259,7 +259,7 @@ def effective_sample_size(weights):
 
 
 class RunningNorm(nn.Module):
-    """(x - mean) / deviation, clipped to [-10, 10]; both taken over all rows given to include."""
+    """(x - mean) / deviation, clipped to [-10, 10]; both of all rows passed to include."""
 
     def __init__(self, *shape):
         super().__init__()

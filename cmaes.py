@@ -262,7 +262,7 @@ def update_covariance(C, p_c, y, epsilon, weights, h, c_c, c_1, c_mu):
 
 
 class RunningNorm(nn.Module):
-    """(x - mean) / deviation, clipped to [-10, 10]; both taken over all rows given to include."""
+    """(x - mean) / deviation, clipped to [-10, 10]; both of all rows passed to include."""
 
     def __init__(self, *shape):
         super().__init__()

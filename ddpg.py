@@ -11,7 +11,7 @@ Derivations: "Option 2: Off-Policy Actor-Critic with a Learned Q-Function",
         buffer D.
     2.  Act: uniformly at random during burn-in, then a = clip(π_θ(s) + σ ε, -1, 1), ε ~ N(0, 1).
     3.  Store (s, a, r, s', discount) in D: discount = γ (1 - terminated).
-    4.  Sample a batch from D; --utd says how many batches for each environment step.
+    4.  Sample a batch from D; --utd is the number of batches for an environment step.
     5.  a' = π_target(s'),   y = r + discount Q_target(s', a')
     6.  One Adam step on φ down the gradient of E[(Q(s, a) - y)²].
     7.  One Adam step on θ up the gradient of E[Q(s, π_θ(s))].
@@ -270,7 +270,7 @@ class ReplayBuffer:
         like = obs, action, np.float32(0), obs, np.float32(0)
         need = size * sum(x.nbytes for x in like)
         if need > os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"):
-            raise Refusal(f"--buffer-size {size}: {need / 2**30:,.1f} GiB are not in this machine")
+            raise Refusal(f"--buffer-size {size}: {need / 2**30:,.1f} GiB exceed the memory")
         self.data = [np.zeros((size, *x.shape), x.dtype) for x in like]
         self.added = 0
 
@@ -326,7 +326,7 @@ def train(args: Args) -> np.ndarray:
             torch.set_num_threads(1)  # for layers this small, threads cost more than they save
 
         rewards, losses = [], []
-        first = deque(maxlen=100)  # (start_value, start_return) of the latest episodes
+        pairs = deque(maxlen=100)  # (start_value, start_return) of the latest episodes
         obs, _ = env.reset(seed=random.getrandbits(29))
 
         while run.step < args.total_timesteps:
@@ -349,7 +349,7 @@ def train(args: Args) -> np.ndarray:
             obs = next_obs
             if terminated or truncated:
                 run.episodes.append((sum(rewards), len(rewards)))
-                first.append((start_value, np.dot(rewards, gamma ** np.arange(len(rewards)))))
+                pairs.append((start_value, np.dot(rewards, gamma ** np.arange(len(rewards)))))
                 obs, rewards = env.reset()[0], []
 
             updates = updates_due(run.step, args.burn_in, args.utd)
@@ -381,7 +381,7 @@ def train(args: Args) -> np.ndarray:
             if run.step % LOG_EVERY == 0 or run.step == args.total_timesteps:
                 names = "critic_loss", "actor_loss", "q_mean"
                 scalars = dict(zip(names, np.mean(losses, 0))) if losses else {}
-                scalars |= zip(("start_value", "start_return"), np.mean(first, 0)) if first else {}
+                scalars |= zip(("start_value", "start_return"), np.mean(pairs, 0)) if pairs else {}
                 losses = []
                 run.log(**scalars)
         return run.evaluate()

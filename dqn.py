@@ -1,4 +1,4 @@
-"""Deep Q-Network: learn Q by regression on its own targets, from replayed transitions.
+"""Deep Q-Network: learn the value of each action from replayed transitions; take the best action.
 
 Derivations: "The Value-Based Approach", "Value Iteration and Q-Learning",
 "Fitted Q-Iteration: Neural Networks for Value Functions", "Innovation 1: Replay Buffer",
@@ -11,36 +11,47 @@ Derivations: "The Value-Based Approach", "Value Iteration and Q-Learning",
 
     1.  Initialise Q_θ, the target network θ_target = θ and an empty buffer D.
     2.  Take a random action with probability ε, else argmax_a Q_θ(s, a).
-    3.  Store (s, a, R, s', discount) in D: R sums N rewards, s' is the state after them, and
+    3.  Store (s, a, R, s', discount) in D: R = Σ_{k<N} γ^k r_k, s' is the state after N steps, and
         discount = γ^N (1 - terminated) weighs its value. N is smaller where an episode ends.
-    4.  Sample a batch from D; --utd says how many batches for each environment step.
+    4.  Sample a batch from D; --utd is the number of batches for an environment step.
     5.  y = R + discount max_a Q_target(s', a)
-    6.  One Adam step on θ down the gradient of the loss of x = Q_θ(s, a) - y.
-    7.  Every K of these steps θ_target = (1 - τ) θ_target + τ θ.
-    8.  Every 200 environment steps update the statistics that normalise s. Repeat from 2.
+    6.  One Adam step on θ down the gradient of the mean Huber loss of x = Q_θ(s, a) - y;
+        --loss squared takes E[x²] instead.
+    7.  Once every K of these steps, θ_target = (1 - τ) θ_target + τ θ.
+    8.  Every 200 environment steps update the mean and deviation that normalise s. Repeat from 2.
 
-Notation: s, a, R, s' -> obs, action, n_step_reward, next_obs of one step; sampled, b_obs,
-b_next_obs -> (B, obs_dim), b_action, b_reward, b_discount -> (B,);  Q_θ, Q_target -> q_net,
-target_net -> (B, A);  x, y -> x, td_target -> (B,).
+Notation: s, a, R, s' -> obs, action, n_step_reward, next_obs for one transition. In a batch of B
+transitions they are b_obs, b_next_obs -> (B, obs_dim);  b_action, b_reward, b_discount -> (B,).
+Q_θ, Q_target -> q_net, target_net -> (B, A), a value for each of the A actions;  x, y -> x,
+td_target -> (B,).
 
-The N rewards stop where the episode ends. After a time limit (truncated) the value of s' stands for
-the rewards that would have followed; after termination nothing follows.
+After a time limit (truncated) the value of s' stands for the rewards that would have followed;
+after termination nothing follows.
 
-Beyond the document: a clip of the gradient's norm; a learning rate that falls linearly. Adam
-takes the gradient steps, with ε = 1e-5 (torch's is 1e-8). τ is the document's α; τ = 1 is its hard
-update. The N rewards may follow random actions; nothing corrects for that. Observations are
-centred and divided by their running deviation, and clipped to [-10, 10]: without it one learning
-rate does not suit several tasks. The defaults, N = 5 among them (the paper's is 1), are for tasks
-of a hundred thousand steps.
+Beyond the document: the gradient's norm is clipped, and the learning rate falls linearly. Adam
+takes the gradient steps, with 1e-5 for the small number in its denominator (torch's is 1e-8). τ is
+the α of the document's soft update; τ = 1 is its hard update. Some of the N rewards follow random
+actions; the target does not correct for that. Observations are normalised: their running mean is
+subtracted, they are divided by their running deviation and clipped to [-10, 10]. Without this, one
+learning rate would not suit several tasks.
+
+Unlike in the paper, Adam takes the place of RMSprop, the convolutions are smaller, a lost life does
+not end an episode of Atari, and evaluation is greedy (with ε = 0.05 in the paper). The defaults
+suit tasks of a hundred thousand steps (the paper's in brackets): N = 5 (1; the document calls 3 the
+most common), ε falls to 0.05 over 20,000 steps (to 0.1 over a million), 1,000 steps of burn-in
+(50,000), 100,000 transitions in the buffer (a million), B = 128 (32), 0.5 updates per environment
+step (0.25), K = 500 (10,000), learning rate 1e-3 (2.5e-4).
 
 Observations that are images (Boxes of bytes or bools with three axes) pass through convolutions and
-a linear layer. Images are not normalised. With --clip-rewards their rewards are clipped to [-1, 1]
-for learning; logs show them unclipped. An ALE/ id is an Atari game: its observation is the last
-four grey frames of 84 x 84, an action lasts four frames, and in v5 the game repeats the previous
-action with probability 1/4 (sticky actions). 100,000 transitions of Atari take 5.3 GiB of memory.
+a linear layer. Images are not normalised. With --clip-rewards rewards are then clipped to [-1, 1]
+for learning; logs show them unclipped, except in start_return. An ALE/ id is an Atari game: its
+observation is the last four grey frames of 84 x 84, an action lasts four frames, and in v5 the
+game repeats the previous action with probability 1/4 (sticky actions). 100,000 transitions of
+Atari take 5.3 GiB of memory.
 
-Logged: start_value is max_a Q at the first observation of an episode, start_return the discounted
-return that followed, random actions included; both are means over the last 100 episodes.
+Logged: loss and q_mean, the mean of Q_θ(s, a), are means over the updates since the last entry.
+start_value is max_a Q_θ at the first observation of an episode, start_return the discounted return
+that followed, random actions included; both are means over the last 100 episodes.
 
 Paper: Mnih et al. 2015, Human-level control through deep reinforcement learning, Nature 518.
 """
@@ -96,19 +107,19 @@ LIMITS = {"gamma": (0, 1), "epsilon": (0, 1), "tau": (0, 1), "delta": (1e-9, 1e9
 class Args:
     total_timesteps: int = 80_000  # environment steps
     burn_in: int = 1_000  # steps of random actions before the first update; at least 1
-    epsilon: float = 0.05  # ε, final probability of a random action; it falls linearly from 1
-    epsilon_steps: int = 20_000  # steps over which ε falls, counted from the end of burn-in
+    epsilon: float = 0.05  # final value of ε, the probability of a random action; ε starts at 1
+    epsilon_steps: int = 20_000  # steps after burn-in over which ε falls linearly
     gamma: float = 0.99  # γ, the discount factor
-    n_step: int = 5  # N, rewards in a target; the value of the state after them is added
+    n_step: int = 5  # N, rewards that a target sums before it adds the value of the state reached
     buffer_size: int = 100_000  # transitions in the replay buffer; new ones replace the oldest
     batch_size: int = 128  # B, transitions in the batch of an update
     utd: float = 0.5  # update-to-data ratio: updates per environment step
     learning_rate: float = 1e-3  # Adam's step size
     anneal_lr: bool = True  # decrease the learning rate linearly, to 0 at --total-timesteps
-    target_every: int = 500  # K, updates of Q for one update of the target network
-    tau: float = 1.0  # τ: the target becomes (1 - τ) target + τ Q; 1 copies Q
-    loss: Literal["huber", "squared"] = "huber"  # loss of the temporal-difference error
-    delta: float = 1.0  # δ: the Huber loss is linear for errors beyond it
+    target_every: int = 500  # K: the target network is updated once every K updates of Q
+    tau: float = 1.0  # τ: the target network becomes (1 - τ) target + τ Q; 1 copies Q
+    loss: Literal["huber", "squared"] = "huber"  # Huber loss (--delta) or mean squared error
+    delta: float = 1.0  # δ: the Huber loss is quadratic for errors up to δ, linear beyond
     max_grad_norm: float = 10.0  # clip the gradient's norm to this; 0: do not clip
     clip_rewards: bool = True  # if observations are images, clip rewards to [-1, 1] for learning
     hidden: int = 128  # units in each of the two hidden layers; unused for images
@@ -149,20 +160,20 @@ class Args:
 
 
 def epsilon_at(step, burn_in, epsilon_steps, epsilon):
-    """1 during burn-in, then a linear fall to ε   [Challenge 4: The Limited Exploration Problem]
+    """ε: 1 during burn-in, then it falls linearly   [Challenge 4: The Limited Exploration Problem]
 
-    step: environment steps so far; epsilon_steps: steps that the fall takes; epsilon ε: its end.
-    Returns the probability of a random action.
+    step: environment steps so far; epsilon_steps: steps that the fall takes; epsilon: final value.
+    Returns ε, the probability of a random action.
     """
     fallen = min(max(step - burn_in, 0) / epsilon_steps, 1)
     return 1 + fallen * (epsilon - 1)
 
 
 def epsilon_greedy(q, epsilon, rng):
-    """a = argmax_a Q_θ(s, a), or with probability ε uniform over A   [Algorithm, eq. 1]
+    """argmax_a Q_θ(s, a), but a uniformly random action with probability ε   [Algorithm, eq. 1]
 
     Also [Why Advantages and Q-Values Lead to the Same Policy, eq. 2]. q Q_θ(s, ·): (A,).
-    Returns an integer in [0, A).
+    Returns the index of an action, an integer in [0, A).
     """
     return rng.integers(len(q)) if rng.random() < epsilon else q.argmax()
 
@@ -170,16 +181,17 @@ def epsilon_greedy(q, epsilon, rng):
 def n_step_return(rewards, gamma):
     """R = Σ_k γ^k r_k   [Challenge 2: Reducing Error Compounding with N-Step Returns, eq. 2]
 
-    The sum of rewards in that target, without the value. rewards: N numbers. Returns one number.
+    The sum of rewards in that equation, without the value. rewards: N numbers, r_0 first.
+    Returns one number, in units of reward.
     """
     return sum(gamma**k * reward for k, reward in enumerate(rewards))
 
 
 def n_step_discount(gamma, n, terminated):
-    """γ^N (1 - terminated), the factor of the value after N rewards
+    """γ^N (1 - terminated), the weight of the value of the state after N rewards
 
-    [Challenge 2: Reducing Error Compounding with N-Step Returns, eq. 2]. The document omits that
-    no value follows a terminal state. n: N. Returns a number in [0, 1].
+    [Challenge 2: Reducing Error Compounding with N-Step Returns, eq. 2]. The document leaves out
+    1 - terminated: nothing follows a terminal state. n: N. Returns a number in [0, 1].
     """
     return gamma**n * (1 - terminated)
 
@@ -196,9 +208,10 @@ def dqn_target(reward, discount, q_next):
     """y = R + discount max_a Q_target(s', a)
     [Challenge 1: Overestimation Bias in Q-Values, eq. 1]
 
-    As in [Fitted Q-Iteration: Neural Networks for Value Functions, eq. 1] and [Challenge 2:
-    Reducing Error Compounding with N-Step Returns, eq. 1], and its eq. 2 for N rewards.
-    reward R, discount: (B,); q_next Q_target(s', ·): (B, A). Returns (B,), in units of reward.
+    The same for one reward is [Challenge 2: Reducing Error Compounding with N-Step Returns, eq. 1],
+    for N rewards eq. 2 there. [Fitted Q-Iteration: Neural Networks for Value Functions, eq. 1] has
+    Q_θ in place of Q_target. reward R, discount: (B,); q_next Q_target(s', ·): (B, A).
+    Returns (B,), in units of reward.
     """
     return reward + discount * q_next.max(-1).values
 
@@ -206,7 +219,8 @@ def dqn_target(reward, discount, q_next):
 def squared_loss(x):
     """L = E[x²]   [Fitted Q-Iteration: Neural Networks for Value Functions, eq. 2]
 
-    With y of the target network [Innovation 2: Target Networks, eq. 1] and [Algorithm, eq. 2].
+    Since y is computed by the target network, also [Innovation 2: Target Networks, eq. 1] and
+    [Algorithm, eq. 2].
     x = Q_θ(s, a) - y: (B,). Returns (), to be minimised, in squared units of reward.
     """
     return x.pow(2).mean()
@@ -234,7 +248,7 @@ def soft_update(target, theta, tau):
 
 
 class RunningNorm(nn.Module):
-    """(x - mean) / deviation, clipped to [-10, 10]; both taken over all rows given to include."""
+    """(x - mean) / deviation, clipped to [-10, 10]; both of all rows passed to include."""
 
     def __init__(self, *shape):
         super().__init__()
@@ -280,9 +294,9 @@ class Torso(nn.Sequential):
 
 
 class QNetwork(nn.Sequential):
-    """Q_θ(s, ·), (B, obs_dim) to (B, A): s is normalised; two ReLU layers and a linear layer.
+    """Q_θ(s, ·), (B, obs_dim) to (B, A): a normaliser, two layers with ReLU and a linear layer.
 
-    For images, (B, *shape) to (B, A), a torso and a linear layer.
+    For images, (B, *shape) to (B, A): a torso and a linear layer.
     """
 
     def __init__(self, env, hidden):
@@ -296,7 +310,7 @@ class QNetwork(nn.Sequential):
         self.start = env.action_space.start
 
     def act(self, obs):
-        """Greedy actions at obs, (n, obs_dim), as the environment takes them, (n,)."""
+        """Greedy actions at obs, (n, obs_dim), numbered as in the environment, (n,)."""
         q = self(torch.as_tensor(obs).to(self[-1].weight))
         return q.argmax(-1).cpu().numpy() + self.start
 
@@ -337,7 +351,7 @@ class ReplayBuffer:
         like = obs, action, np.float32(0), obs, np.float32(0)
         need = size * sum(x.nbytes for x in like)
         if need > os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"):
-            raise Refusal(f"--buffer-size {size}: {need / 2**30:,.1f} GiB are not in this machine")
+            raise Refusal(f"--buffer-size {size}: {need / 2**30:,.1f} GiB exceed the memory")
         self.data = [np.zeros((size, *x.shape), x.dtype) for x in like]
         self.added = 0
 
@@ -387,9 +401,10 @@ def train(args: Args) -> np.ndarray:
         if not image and args.hidden**2 * args.batch_size < 2**23:
             torch.set_num_threads(1)  # for layers this small, threads cost more than they save
 
+        # window: (obs, action) not yet stored; seen: observations that step 8 has yet to include.
         updates = updates_due(run.step, args.burn_in, args.utd)
         window, rewards, episode_return, seen = deque(), [], 0, []
-        losses, first = [], deque(maxlen=100)  # first: (start_value, start_return) of episodes
+        losses, pairs = [], deque(maxlen=100)  # (start_value, start_return) per episode
         obs, _ = env.reset(seed=random.getrandbits(29))
         q_values = in_numpy(q_net)
         start_value = q_values(obs).max()
@@ -404,7 +419,7 @@ def train(args: Args) -> np.ndarray:
             next_obs, reward, terminated, truncated, _ = env.step(action + q_net.start)
             check_finite("an observation or a reward", float(next_obs.sum() + reward))
 
-            # 3. Store the transitions whose N rewards are complete; at the end of an episode, all.
+            # 3. Store the transition whose N rewards are complete; when the episode ends, all left.
             window.append((obs, action))
             rewards.append(np.clip(reward, -1, 1) if image and args.clip_rewards else reward)
             episode_return += reward
@@ -418,7 +433,7 @@ def train(args: Args) -> np.ndarray:
             obs = next_obs
             if ended:
                 run.episodes.append((episode_return, len(rewards)))
-                first.append((start_value, n_step_return(rewards, gamma)))
+                pairs.append((start_value, n_step_return(rewards, gamma)))
                 obs, rewards, episode_return = env.reset()[0], [], 0
                 start_value = q_values(obs).max()
 
@@ -442,13 +457,13 @@ def train(args: Args) -> np.ndarray:
                 updates += 1
                 if updates % args.target_every == 0:
                     soft_update(theta_target, theta, args.tau)
-                q_values = in_numpy(q_net)  # for a GPU it holds a copy of the weights
+                q_values = in_numpy(q_net)  # again: for a GPU it holds a copy of the weights
                 losses.append((td_loss.item(), q.mean().item()))
 
             if run.step % LOG_EVERY == 0 or run.step == args.total_timesteps:
                 scalars = {"epsilon": epsilon}
                 scalars |= zip(("loss", "q_mean"), np.mean(losses, 0)) if losses else {}
-                scalars |= zip(("start_value", "start_return"), np.mean(first, 0)) if first else {}
+                scalars |= zip(("start_value", "start_return"), np.mean(pairs, 0)) if pairs else {}
                 # 8. Statistics of the observations.
                 if not image:
                     q_net[0].include(np.stack(seen))

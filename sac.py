@@ -12,7 +12,7 @@ Derivations: "Soft Actor-Critic (SAC)", "What is Maximum Entropy RL?",
         the temperature α = 1 (or --alpha) and an empty buffer D.
     2.  Act uniformly at random during burn-in, then with a ~ π_θ(·|s).
     3.  Store (s, a, r, s', discount) in D: discount = γ (1 - terminated).
-    4.  Sample a batch from D; --utd says how many batches for each environment step.
+    4.  Sample a batch from D; --utd is the number of batches for an environment step.
     5.  a' ~ π_θ(·|s'),   y = r + discount (min_i Q_i,target(s', a') - α log π_θ(a'|s'))
     6.  One Adam step on φ down the gradient of Σ_i E[(Q_i(s, a) - y)²].
     7.  One Adam step on θ up the gradient of E[min_i Q_i(s, a) - α log π_θ(a|s)], a ~ π_θ(·|s).
@@ -304,7 +304,7 @@ class ReplayBuffer:
         like = obs, action, np.float32(0), obs, np.float32(0)
         need = size * sum(x.nbytes for x in like)
         if need > os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"):
-            raise Refusal(f"--buffer-size {size}: {need / 2**30:,.1f} GiB are not in this machine")
+            raise Refusal(f"--buffer-size {size}: {need / 2**30:,.1f} GiB exceed the memory")
         self.data = [np.zeros((size, *x.shape), x.dtype) for x in like]
         self.added = 0
 
@@ -361,7 +361,7 @@ def train(args: Args) -> np.ndarray:
             torch.set_num_threads(1)  # for layers this small, threads cost more than they save
 
         rewards, losses = [], []
-        first = deque(maxlen=100)  # (start_value, start_return) of the latest episodes
+        pairs = deque(maxlen=100)  # (start_value, start_return) of the latest episodes
         obs, _ = env.reset(seed=random.getrandbits(29))
 
         while run.step < args.total_timesteps:
@@ -382,7 +382,7 @@ def train(args: Args) -> np.ndarray:
             obs = next_obs
             if terminated or truncated:
                 run.episodes.append((sum(rewards), len(rewards)))
-                first.append((start_value, np.dot(rewards, gamma ** np.arange(len(rewards)))))
+                pairs.append((start_value, np.dot(rewards, gamma ** np.arange(len(rewards)))))
                 obs, rewards = env.reset()[0], []
 
             updates = updates_due(run.step, args.burn_in, args.utd)
@@ -422,7 +422,7 @@ def train(args: Args) -> np.ndarray:
                 names = "critic_loss", "actor_loss", "q_mean", "entropy"
                 scalars = dict(zip(names, np.mean(losses, 0))) if losses else {}
                 scalars["alpha"] = log_alpha.exp() if args.alpha is None else args.alpha
-                scalars |= zip(("start_value", "start_return"), np.mean(first, 0)) if first else {}
+                scalars |= zip(("start_value", "start_return"), np.mean(pairs, 0)) if pairs else {}
                 losses = []
                 run.log(**scalars)
         return run.evaluate()
