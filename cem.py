@@ -6,20 +6,23 @@ Derivations: "Black-Box Policy Optimization", "Cross-Entropy Method (CEM)".
     2.  Sample n candidates θ_i ~ N(μ, diag σ²).
     3.  Fitness F(θ_i): the mean return of L episodes of π_θ_i.
     4.  Select the elites: the ⌊ρn⌋ candidates with the highest fitness.
-    5.  μ = mean of the elites, σ² = their variance + η, parameter by parameter. Repeat from 2.
+    5.  For each parameter: μ = mean of the elites, σ² = their variance + η. Repeat from 2.
 
 Notation: θ_i -> theta -> (n, d), d parameters each;  μ, σ² -> mu, var -> (d,);
-F -> fitness -> (n,);  θ' -> elites -> (k, d), k = ⌊ρn⌋.
+F -> fitness -> (n,);  θ'_i -> elites -> (k, d), k = ⌊ρn⌋;  ε_i -> epsilon -> (n, d);  η -> noise.
 
-All candidates act at once, in one batched product. Returns are not discounted. There is no value
-function, so the return of a truncated episode is used as it is. Where gymnasium has a vectorised
-version of the environment (CartPole), all episodes play on until the last one has ended. The extra
-steps count towards --total-timesteps, but not towards any fitness.
+All candidates act at once: each layer of their policies is one batched matrix product. Returns are
+not discounted. There is no value function, so the return of a truncated episode (cut by a time
+limit) is used as it is. Where gymnasium has its own vectorised version of the environment
+(CartPole), an environment whose episode has ended plays further ones until the last candidate has
+ended its episode. These steps count towards --total-timesteps, but not towards any fitness.
 
-Beyond the document: η falls linearly, as in the paper. Evaluation plays the policy of the mean μ.
-Policies are linear unless --layers adds hidden layers.
+Beyond the document: each parameter has its own σ², as in eq. 4, although eq. 1 and 2 show a single
+one. η falls linearly to 0, as in the paper. Evaluation plays the policy of the mean μ. Policies are
+linear unless --layers adds hidden layers. The paper has n = 100, ρ = 0.1 (the document: 0.1 or 0.2)
+and η = max(5 - t/10, 0) in generation t; here η starts at 1 and reaches 0 at --total-timesteps.
 
-Logged: the mean and best fitness of the latest generation; sigma is the mean of σ.
+Logged: mean and best fitness of the latest generation; sigma, the mean of σ over the parameters.
 
 Paper: Szita and Lőrincz 2006, Learning Tetris Using the Noisy Cross-Entropy Method.
 """
@@ -69,14 +72,14 @@ LIMITS = {"rho": (0, 1), "layers": (0, 2), "init_mean": (-1e18, 1e18)}  # least 
 
 @dataclasses.dataclass
 class Args:
-    total_timesteps: int = 1_000_000  # environment steps of all candidates, in whole generations
-    candidates: int = 64  # n, candidates in a generation
-    rho: float = 0.2  # ρ, share of the candidates that become elites: ⌊ρn⌋, at least one
+    total_timesteps: int = 1_000_000  # environment steps in total; the last generation is finished
+    candidates: int = 64  # n, policies sampled in each generation (the candidates)
+    rho: float = 0.2  # ρ, share of the candidates kept as elites (the best): ⌊ρn⌋, at least one
     episodes: int = 1  # L, episodes that each candidate plays
-    init_mean: float = 0.0  # initial μ of every parameter; 0 in the document
-    init_var: float = 100.0  # initial σ² of every parameter; 100 in the document
-    noise: float = 1.0  # η, noise added to the variance σ² in every generation
-    decay_noise: bool = True  # decrease η linearly, to 0 at --total-timesteps
+    init_mean: float = 0.0  # initial mean μ of every parameter; 0 in the document
+    init_var: float = 100.0  # initial variance σ² of every parameter; 100 in the document
+    noise: float = 1.0  # η, added to the variance σ² in every generation to keep it from collapsing
+    decay_noise: bool = True  # decrease --noise linearly, to 0 at --total-timesteps
     common_seeds: bool = False  # start the episodes of all candidates from the same states
     layers: int = 0  # number of hidden layers: 0 (a linear policy), 1 or 2
     hidden: int = 32  # units in each hidden layer
@@ -119,6 +122,7 @@ class Args:
 def sample(mu, var, epsilon):
     """θ_i = μ + σ ε_i ~ N(μ, diag σ²)   [Cross-Entropy Method (CEM), eq. 2]
 
+    eq. 2 shows one σ² for all parameters; here each has its own, which eq. 4 updates.
     mu, var σ²: (d,); epsilon ε_i ~ N(0, I): (n, d). Returns (n, d).
     """
     return mu + var.sqrt() * epsilon
@@ -260,7 +264,7 @@ def train(args: Args) -> np.ndarray:
     """Run the algorithm above; return the episode returns of the final evaluation."""
     n, device = args.candidates, args.device
     if args.rho * n < 2 and args.noise == 0:
-        raise Refusal(f"--rho {args.rho}: one elite of {n} has no variance without --noise")
+        raise Refusal(f"--rho {args.rho}: one elite of {n} has variance 0 without --noise")
     with ExitStack() as stack:
         # 1. Initialise.
         stack.callback(torch.set_num_threads, torch.get_num_threads())
@@ -278,7 +282,7 @@ def train(args: Args) -> np.ndarray:
             epsilon = run.rng.standard_normal((n, len(policies.mu)), np.float32)
             theta = sample(policies.mu, search.var, torch.from_numpy(epsilon).to(device))
 
-            # 3. Fitness.
+            # 3. Fitness, an estimate of U(θ_i) in [Black-Box Policy Optimization, eq. 1].
             seeds = run.rng.integers(2**29, size=(args.episodes, 1 if args.common_seeds else n))
             seeds = np.broadcast_to(seeds, (args.episodes, n)).tolist()
             episodes = [play(envs, policies, theta.cpu().numpy(), row) for row in seeds]

@@ -8,42 +8,47 @@ Derivations: "Black-Box Policy Optimization",
     3.  Fitness F(θ_i): the mean return of L episodes of π_θ_i.
     4.  Rank the candidates by fitness; the elites are the k best.
     5.  Mean: μ ← μ + α Σ_i w_i (θ_i - μ), over the elites.
-    6.  The document's covariance: Σ = Cov(elites) + η I. Continue with 10.
-    7.  Or Hansen's: the paths p_σ, p_c sum the steps of the mean, with older steps fading.
-    8.  Step size: σ grows if p_σ is longer than a sum of random steps, else it shrinks.
-    9.  Covariance: C stretches along p_c and the elites and shrinks along the other candidates.
+    6.  --update document: covariance Σ = Cov(elites) + η I. Continue with 10.
+    7.  --update hansen: the paths p_σ and p_c add up the steps of the mean; older steps fade.
+    8.  Step size: σ grows if p_σ is longer than random steps would make it, else it shrinks.
+    9.  Covariance: C grows along p_c and towards the elites, and shrinks towards the others.
     10. Update the statistics that normalise the observations; repeat from 2.
 
 Notation: θ_i -> theta -> (n, d), d parameters each;  F -> fitness -> (n,);  μ -> mu -> (d,);
 σ -> sigma -> ();  C, C^½ -> C, root -> (d, d);  w_i -> weights -> (k,) or (n,);  p_σ, p_c ->
-p_sigma, p_c -> (d,);  ε_i, y_i = C^½ ε_i -> epsilon, y -> (n, d).
+p_sigma, p_c -> (d,);  ε_i, y_i = C^½ ε_i -> epsilon, y -> (n, d);  α, η -> alpha, noise -> float.
 
---update document is the document's update; hansen is the complete one of Hansen's tutorial, whose
-equation numbers are given:
+--update chooses between the document's update and the complete one of Hansen's tutorial. Equation
+numbers in the right column are the tutorial's:
 
                 document                        hansen
-    elites      the best ⌊ρn⌋                   the better half; the others lower C
+    elites      the best ⌊ρn⌋                   the better half; the others have w_i ≤ 0 in C
     mean        eq. 3                           42, the same
-    covariance  eq. 4: of these elites alone,   47: the old C, partly replaced by the y_i, which
-                around the new mean             start at the old mean (46), and by p_c (45)
+    covariance  eq. 4: of these elites alone,   47: the old C, partly replaced by the y_i, steps
+                around the new mean             from the old mean (weights: 46), and by p_c (45)
     scale       that of Cov(elites)             σ, which follows the length of p_σ (43, 44)
 
 On a slope the elites lie close together in the direction of progress. Measured around their own
-mean, their spread there is small, so the document's search shrinks along the slope; Hansen's grows
-there, through y_i, p_c and σ. Hansen's update uses the ranks of the fitness alone, and does not
-change when θ is rotated or scaled.
+mean, their spread in that direction is small, so the document's search shrinks along the slope.
+Hansen's grows along it, through y_i, p_c and σ. Both updates use only the ranks of the fitness.
+Hansen's also behaves the same if θ and the initial search distribution are rotated or scaled.
 
-All candidates act at once, in one batched product. Returns are not discounted. There is no value
-function, so the return of a truncated episode is used as it is. Where gymnasium has a vectorised
-version of the environment (CartPole), all episodes play on until the last one has ended. The extra
-steps count towards --total-timesteps, but not towards any fitness.
+All candidates act at once: each layer of their policies is one batched matrix product. Returns are
+not discounted. There is no value function, so the return of a truncated episode (cut by a time
+limit) is used as it is. Where gymnasium has its own vectorised version of the environment
+(CartPole), an environment whose episode has ended plays further ones until the last candidate has
+ended its episode. These steps count towards --total-timesteps, but not towards any fitness.
 
-Beyond the document: the weights w_i, which it leaves open, are Hansen's; its ε is called η, as in
-cem.py. Observations are centred and divided by their running deviation, and clipped to [-10, 10].
-Evaluation plays the policy of the mean μ. n = 24 is more than Hansen's 4 + ⌊3 ln d⌋, because the
-return of one episode is a noisy fitness. σ starts at 3, which did better than 0.3 and 1.
+Beyond the document: it leaves the weights w_i open; they are Hansen's. Its ε in eq. 4 is called η,
+as in cem.py. Observations are normalised by their running mean and standard deviation and clipped
+to [-10, 10]. Evaluation plays the policy of the mean μ.
+Beyond the tutorial: fitness is maximised. In C^½ eigenvalues below 1e-14 of the largest are raised
+to that. Only --total-timesteps ends the search. n = 24 is more than the tutorial's 4 + ⌊3 ln d⌋ (up
+to d = 785), because the return of one episode is a noisy fitness. σ starts at 3, which did better
+than 0.3 and 1 on MountainCarContinuous.
 
-Logged: the mean and best fitness of the latest generation; sigma is the mean deviation of θ.
+Logged: mean and best fitness of the latest generation; sigma, the mean over the parameters of the
+standard deviation of θ.
 
 Paper: Hansen 2016, The CMA Evolution Strategy: A Tutorial, arXiv 1604.00772.
 """
@@ -94,14 +99,14 @@ LIMITS |= {"init_sigma": (1e-9, 1e9), "hidden": (1, 5_000)}
 
 @dataclasses.dataclass
 class Args:
-    total_timesteps: int = 300_000  # environment steps of all candidates, in whole generations
-    candidates: int = 24  # n, candidates in a generation
-    update: Literal["hansen", "document"] = "hansen"  # which update of the search distribution
-    alpha: float = 1.0  # α, step of μ towards the weighted mean of the elites
-    rho: float = 0.5  # ρ, share of the candidates that become elites (--update document)
-    noise: float = 0.01  # η, noise added to the variance of each parameter (--update document)
+    total_timesteps: int = 300_000  # environment steps in total; the last generation is finished
+    candidates: int = 24  # n, policies sampled in each generation (the candidates)
+    update: Literal["hansen", "document"] = "hansen"  # Hansen's complete update or the derivation's
+    alpha: float = 1.0  # α, step size of the mean μ; 1 moves it to the elites' weighted mean
+    rho: float = 0.5  # ρ, share of the candidates kept as elites (only --update document)
+    noise: float = 0.01  # η, added to the variance of each parameter (only --update document)
     episodes: int = 1  # L, episodes that each candidate plays
-    init_sigma: float = 3.0  # initial σ; C starts as the identity
+    init_sigma: float = 3.0  # initial standard deviation σ of every parameter
     common_seeds: bool = False  # start the episodes of all candidates from the same states
     norm_obs: bool = True  # normalise observations by their running mean and standard deviation
     layers: int = 0  # number of hidden layers: 0 (a linear policy), 1 or 2
@@ -145,8 +150,9 @@ class Args:
 def square_root(C):
     """C^½ = B D Bᵀ, where C = B D² Bᵀ   [Covariance Matrix Adaptation Evolution Strategy (CMA-ES)]
 
-    With this symmetric root C^-½ y_i is ε_i itself, so nothing needs to be inverted. C: (d, d), of
-    which the lower triangle is read. Eigenvalues are raised to 1e-14 of the largest at least.
+    B holds the eigenvectors, D² the eigenvalues, raised to at least 1e-14 of the largest one. The
+    root is symmetric, so C^-½ y_i = ε_i and no inverse is needed. C: (d, d), of which the lower
+    triangle is read. Returns (d, d).
     """
     values, vectors = torch.linalg.eigh(C)
     return vectors * values.clamp(min=1e-14 * values[-1]).sqrt() @ vectors.T
@@ -165,6 +171,7 @@ def rank_weights(k, n):
     """w_i ∝ ln(k + ½) - ln i for the ranks i = 1 to n; the positive ones, i ≤ k, add up to 1.
 
     Tutorial, eq. 49; [Covariance Matrix Adaptation Evolution Strategy (CMA-ES)] leaves them open.
+    k: number of elites; n: number of ranks. Returns (n,).
     """
     weights = math.log(k + 0.5) - torch.arange(1, n + 1, dtype=torch.float64).log()
     return weights / weights.clamp(min=0).sum()
@@ -192,7 +199,10 @@ def strategy_parameters(n, d):
     """w_i, (n,), and the numbers μ_eff, c_σ, d_σ, c_c, c_1, c_μ of Hansen's update.
 
     Tutorial, eq. 49 to 58, of [Covariance Matrix Adaptation Evolution Strategy (CMA-ES)].
-    n candidates, d parameters. The w_i ≥ 0 add up to 1; the others leave C positive definite.
+    μ_eff: how many elites with equal weights would count as much; c_σ, c_c: rates at which p_σ and
+    p_c forget; d_σ: damping of σ; c_1, c_μ: learning rates of C from p_c and from the y_i.
+    n candidates, d parameters. The w_i ≥ 0 add up to 1; the negative ones are scaled so that C
+    stays positive definite.
     """
     weights = rank_weights(n / 2, n)
     positive, negative = weights.clamp(min=0), weights.clamp(max=0)
@@ -212,26 +222,27 @@ def cumulate(path, step, c, mu_eff):
     """p ← (1 - c) p + √(c (2 - c) μ_eff) step
 
     Tutorial, eq. 43 and 45, of [Covariance Matrix Adaptation Evolution Strategy (CMA-ES)].
-    step: Σ_i w_i ε_i for p_σ, h Σ_i w_i y_i for p_c, (d,). If ranks are random, p_σ ~ N(0, I).
+    step: Σ_i w_i ε_i for p_σ, h Σ_i w_i y_i for p_c, (d,). c, mu_eff: see strategy_parameters. If
+    ranks are random, p_σ tends to N(0, I). Returns (d,).
     """
     return (1 - c) * path + math.sqrt(c * (2 - c) * mu_eff) * step
 
 
 def relative_length(path):
-    """‖p_σ‖ / E‖N(0, I)‖, which is 1 on average if ranks are random.
+    """‖p_σ‖ / E‖N(0, I)‖, with E‖N(0, I)‖ ≈ √d (1 - 1/(4d) + 1/(21d²)).
 
     In eq. 44 of the tutorial, of [Covariance Matrix Adaptation Evolution Strategy (CMA-ES)].
-    path p_σ: (d,). Returns ().
+    About 1 on average if ranks are random. path p_σ: (d,). Returns ().
     """
     d = len(path)
     return path.norm() / (d**0.5 * (1 - 1 / (4 * d) + 1 / (21 * d**2)))
 
 
 def h_sigma(length, generation, c_sigma, d):
-    """h: 0 while p_σ is too long, which stops p_c until σ has grown, else 1.
+    """h: 0 while p_σ is unusually long, else 1. At 0, p_c takes no step, so that σ grows first.
 
     Below eq. 47 of the tutorial, of [Covariance Matrix Adaptation Evolution Strategy (CMA-ES)].
-    length: that of relative_length; generation: 1 for the first; both (). Returns ().
+    length: from relative_length; generation: 1 for the first; both (). Returns ().
     """
     usual = (1 - (1 - c_sigma) ** (2 * generation)).sqrt()  # of paths that began at 0
     return (length < (1.4 + 2 / (d + 1)) * usual).to(length)
@@ -241,7 +252,7 @@ def update_step_size(sigma, length, c_sigma, d_sigma):
     """σ ← σ exp(c_σ/d_σ (length - 1))
 
     Tutorial, eq. 44, of [Covariance Matrix Adaptation Evolution Strategy (CMA-ES)].
-    sigma; length: that of relative_length; both (). Returns ().
+    sigma: σ; length: from relative_length; both (). Returns ().
     """
     return sigma * (c_sigma / d_sigma * (length - 1)).exp()
 
@@ -250,7 +261,8 @@ def update_covariance(C, p_c, y, epsilon, weights, h, c_c, c_1, c_mu):
     """C ← (1 + c_1 δ - c_1 - c_μ Σ_i w_i) C + c_1 p_c p_cᵀ + c_μ Σ_i w°_i y_i y_iᵀ
 
     Tutorial, eq. 46 and 47, of [Covariance Matrix Adaptation Evolution Strategy (CMA-ES)].
-    w°_i = w_i where w_i ≥ 0, else w_i d/‖ε_i‖²;  δ = (1 - h) c_c (2 - c_c) while p_c waits.
+    w°_i = w_i where w_i ≥ 0, else w_i d/‖ε_i‖²;  δ = (1 - h) c_c (2 - c_c) keeps a little more of C
+    while h = 0, to make up for the step that p_c does not take.
     C: (d, d); p_c: (d,); y y_i, epsilon ε_i: (n, d), best first; weights w_i: (n,); h: ().
     """
     bounded = weights.where(weights >= 0, weights * len(C) / epsilon.pow(2).sum(1))
@@ -412,7 +424,7 @@ def train(args: Args) -> np.ndarray:
         mu = policies.mu
         d = len(mu)
         if d > 5_000:
-            raise Refusal(f"--layers, --hidden: C of {d} parameters is too large; 5,000 fit")
+            raise Refusal(f"--layers, --hidden: {d} parameters are too many for C; 5,000 fit")
         envs = make_candidates(stack, env, args, n)
         search = nn.Module()  # the rest of the search distribution, for checkpoints
         search.sigma = nn.Buffer(torch.full_like(mu[0], args.init_sigma))
@@ -432,7 +444,7 @@ def train(args: Args) -> np.ndarray:
             epsilon = torch.from_numpy(run.rng.standard_normal((n, d))).to(mu)
             theta = sample_correlated(mu, search.sigma * root, epsilon)
 
-            # 3. Fitness.
+            # 3. Fitness, an estimate of U(θ_i) in [Black-Box Policy Optimization, eq. 1].
             seeds = run.rng.integers(2**29, size=(args.episodes, 1 if args.common_seeds else n))
             seeds = np.broadcast_to(seeds, (args.episodes, n)).tolist()
             episodes = [play(envs, policies, theta.float().cpu().numpy(), row) for row in seeds]

@@ -6,25 +6,32 @@ Derivations: "Natural Evolutionary Strategies (NES)",
     1.  Initialise the mean μ of the search distribution N(μ, σ²I) over the parameters θ.
     2.  Sample n candidates θ_i = μ + σ ε_i with ε_i ~ N(0, I), in pairs ±ε.
     3.  Fitness F(θ_i): the mean return of L episodes of π_θ_i.
-    4.  Shape the fitnesses: leave them, standardise them, or take their centred ranks.
-    5.  g = 1/(nσ) Σ_i F(θ_i) ε_i - λμ estimates the gradient of E[F(θ)] - ½ λ|μ|².
-    6.  μ ← μ + αg, or an Adam step up g.
+    4.  Shape the fitnesses: keep them, standardise them, or replace them by their centred ranks.
+    5.  g = 1/(nσ) Σ_i F(θ_i) ε_i - λμ, F shaped, estimates the gradient of E[F(θ)] - ½ λ|μ|².
+    6.  μ ← μ + αg, or a step of Adam along g.
     7.  Update the statistics that normalise the observations; repeat from 2.
 
-Notation: θ_i, ε_i -> theta, epsilon -> (n, d), d parameters a policy;  μ -> mu -> (d,);
-F -> fitness -> (n,);  g -> gradient -> (d,);  λ -> weight_decay;  N of the document is n here.
+Notation: θ_i, ε_i -> theta, epsilon -> (n, d), d parameters each;  μ -> mu -> (d,);
+F -> fitness -> (n,);  g -> gradient -> (d,);  λ -> weight_decay;  the document's N is n here.
 
-All candidates act at once, in one batched product. Returns are not discounted. There is no value
-function, so the return of a truncated episode is used as it is. Where gymnasium has a vectorised
-version of the environment (CartPole), all episodes play on until the last one has ended. The extra
-steps count towards --total-timesteps, but not towards any fitness.
+All candidates act at once: each layer of their policies is one batched matrix product. Returns are
+not discounted. There is no value function, so the return of a truncated episode (cut by a time
+limit) is used as it is. Where gymnasium has its own vectorised version of the environment
+(CartPole), an environment whose episode has ended plays further ones until the last candidate has
+ended its episode. These steps count towards --total-timesteps, but not towards any fitness.
 
-Beyond the document, from Salimans et al.: pairs ±ε, ranks, Adam with ε = 1e-5 (torch's is 1e-8),
-weight decay, normalised observations. Evaluation plays the policy of the mean μ.
-Under torchrun every process draws the same noise and plays its share of the candidates; processes
-exchange fitnesses, step counts and sums of observations only. The log has the episodes of rank 0.
+Beyond the document, from Salimans et al.: pairs ±ε, ranks, Adam, weight decay, normalised
+observations. Their Humanoid has 10,000 episodes a generation, σ = 0.02, α = 0.01 and λ = 0.005. The
+defaults here are for small tasks and few candidates: larger σ and α, λ = 0, no normaliser. Adam's
+eps is 1e-5 (theirs and torch's: 1e-8). Evaluation plays the policy of the mean μ.
+As in the document, and unlike Wierstra et al., the gradient is the plain one and σ is fixed. The
+natural gradient would be σ² times the plain one.
 
-Logged: the mean and best fitness of the latest generation.
+Under torchrun every process draws the same noise and plays its share of the candidates. Processes
+exchange only fitnesses, step counts and sums of observations. The log has the episodes of the first
+process.
+
+Logged: mean and best fitness of the latest generation.
 
 Papers: Wierstra et al. 2014, Natural Evolution Strategies; Salimans et al. 2017, Evolution
 Strategies as a Scalable Alternative to Reinforcement Learning, arXiv 1703.03864.
@@ -75,12 +82,12 @@ LIMITS = {"candidates": (2, 1e9), "sigma": (1e-9, 1e9), "layers": (0, 2)}  # lea
 
 @dataclasses.dataclass
 class Args:
-    total_timesteps: int = 1_000_000  # environment steps of all candidates, in whole generations
-    candidates: int = 24  # n, candidates in a generation, shared among torchrun's processes
+    total_timesteps: int = 1_000_000  # environment steps in total; the last generation is finished
+    candidates: int = 24  # n, policies sampled in each generation, shared by torchrun's processes
     sigma: float = 0.3  # σ, standard deviation of the candidates in each parameter
     learning_rate: float = 0.1  # α, step size
-    optimizer: Literal["sgd", "adam"] = "adam"  # how the gradient makes a step
-    shaping: Literal["raw", "standardized", "ranks"] = "ranks"  # of the fitnesses
+    optimizer: Literal["sgd", "adam"] = "adam"  # rule that turns the gradient into a step of μ
+    shaping: Literal["raw", "standardized", "ranks"] = "ranks"  # how fitness enters the gradient
     antithetic: bool = True  # sample candidates in pairs μ + σε, μ - σε
     weight_decay: float = 0.0  # λ, weight decay: pulls μ towards 0
     episodes: int = 1  # L, episodes that each candidate plays
@@ -131,10 +138,10 @@ def sample_around(mu, sigma, epsilon):
 
 
 def shape_fitness(fitness, shaping):
-    """What replaces F(θ_i) in [Natural Evolutionary Strategies (NES) / Derivation, eq. 10]
+    """The shaped F(θ_i) of [Natural Evolutionary Strategies (NES) / Derivation, eq. 10]
 
-    raw: F; standardized: (F - mean) / std; ranks: the share of the other candidates that it beats,
-    ties counting half, minus ½. fitness F: (n,). Returns (n,).
+    raw: F; standardized: (F - mean) / std; ranks: the share of the other candidates that one beats,
+    minus ½, so from -½ to ½; a tie counts half. fitness F: (n,). Returns (n,).
     """
     if shaping == "standardized":
         return (fitness - fitness.mean()) / (fitness.std(correction=0) + 1e-8)
@@ -144,11 +151,11 @@ def shape_fitness(fitness, shaping):
 
 
 def nes_gradient(fitness, epsilon, sigma):
-    """∇_μ E[F(θ)] ≈ 1/(Nσ) Σ_i F(θ_i) ε_i   [Natural Evolutionary Strategies (NES) / Derivation,
+    """∇_μ E[F(θ)] ≈ 1/(nσ) Σ_i F(θ_i) ε_i   [Natural Evolutionary Strategies (NES) / Derivation,
     eq. 10]
 
-    fitness F: (N,), of θ_i = μ + σ ε_i; epsilon ε_i: (N, d); sigma σ > 0. Returns (d,), in units of
-    fitness per unit of μ; ascend it.
+    fitness F, shaped, of θ_i = μ + σ ε_i: (n,); epsilon ε_i: (n, d); sigma σ > 0. Returns (d,), in
+    units of fitness per unit of μ; ascend it.
     """
     return fitness @ epsilon / (len(fitness) * sigma)
 
@@ -318,7 +325,7 @@ def train(args: Args) -> np.ndarray:
         optimizer.param_groups[0]["lr"] = args.learning_rate  # the option's, if resumed
 
         while run.step < args.total_timesteps:
-            # 2. Sample candidates, the same in every process: all use rank 0's key.
+            # 2. Sample candidates. Every process uses the seed of rank 0, so all draw the same.
             rng = np.random.default_rng([args.seed, run.step, 1])
             epsilon = torch.from_numpy(rng.standard_normal((n // pair, len(mu)), np.float32)).to(mu)
             if args.antithetic:
@@ -335,13 +342,13 @@ def train(args: Args) -> np.ndarray:
             simulated = torch.tensor(sum(steps), dtype=torch.float64)
             all_sum(fitness, simulated)
 
-            # 4. Shape it.
+            # 4. Shape the fitnesses.
             weights = shape_fitness(fitness, args.shaping).to(mu)
 
             # 5. Estimate the gradient.
             gradient = nes_gradient(weights, epsilon, args.sigma) - args.weight_decay * mu
 
-            # 6. Step along it.
+            # 6. Step along the gradient. The optimizer descends, hence the minus.
             mu.grad = -gradient
             optimizer.step()
 

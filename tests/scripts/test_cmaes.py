@@ -408,5 +408,5 @@ def test_common_seeds(tmp_path, monkeypatch, common):
 def test_what_does_not_fit_is_refused(tmp_path):
     with pytest.raises(cmaes.Refusal, match="--candidates 1: "):
         cmaes.train(options(tmp_path, "Matched-v0", 10, candidates=1))
-    with pytest.raises(cmaes.Refusal, match=r"--layers, --hidden: C of 9993 parameters"):
+    with pytest.raises(cmaes.Refusal, match=r"--layers, --hidden: 9993 parameters"):
         cmaes.train(options(tmp_path, "Matched-v0", 10, layers=2, hidden=97))
