@@ -102,7 +102,7 @@ class Args:
             value = getattr(value, "item", lambda: value)()
             value = float(value) if float in kinds and type(value) is int else value
             setattr(self, name, value)
-            positive = int in kinds and name not in "seed eval_every checkpoint_every"
+            positive = int in kinds and name not in ("seed", "eval_every", "checkpoint_every")
             low, high = LIMITS.get(name, (+positive, 1e18))
             fits = value in kinds or type(value) in kinds
             if not fits or type(value) in (int, float) and not low <= value <= high:
@@ -328,7 +328,7 @@ def check_finite(what, x):
 
 
 def make_env(args, video=""):
-    """Make the environment: flat observations, or images, which for Atari are DQN's.
+    """Make the environment. Observations are flat, or images; Atari is preprocessed as for DQN.
 
     With --capture-video it records its episodes to the folder video, if one is given.
     """
@@ -346,7 +346,7 @@ def make_env(args, video=""):
     except Exception if args.capture_video else mistakes as error:
         raise Refusal(f"{args.env_id} {args.env_kwargs}: {type(error).__name__} {error}") from error
     space = env.observation_space
-    image = re.search(r"\(\d+, \d+, \d+\), (uint8|bool)\)", str(space))  # itself or inside
+    image = re.search(r"\(\d+, \d+, \d+\), (uint8|bool)\)", str(space))  # is or holds one
     known = IMAGES and isinstance(space, gym.spaces.Box) if image else space.is_np_flattenable
     if not known or not isinstance(env.action_space, ACTION_SPACES):
         raise Refusal(f"{SCRIPT}.py cannot learn {args.env_id}, {space} to {env.action_space}")
@@ -373,7 +373,7 @@ class Run(AbstractContextManager):
     """A run: its directory, random generators, log, evaluations and checkpoints.
 
     `episodes` holds (return, length) of the last 100 episodes, `learner` what a checkpoint saves.
-    The run is saved before it ends by an exception, Ctrl-C or SIGTERM, but not by a Refusal.
+    An exception, Ctrl-C or SIGTERM saves the run before it ends; a Refusal does not.
     """
 
     def __init__(self, args, rank=0, **learner):
@@ -465,7 +465,7 @@ class Run(AbstractContextManager):
 
 if __name__ == "__main__":
     for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        if signal.getsignal(n) != signal.SIG_IGN:  # as SIGHUP is under nohup
+        if signal.getsignal(n) != signal.SIG_IGN:  # nohup ignores SIGHUP: leave it so
             # The run saves before it ends; a second signal of the same kind ends it at once.
             signal.signal(n, lambda n, _: (signal.signal(n, signal.SIG_DFL), sys.exit(128 + n)))
     try:
