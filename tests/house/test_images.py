@@ -90,7 +90,7 @@ def test_policy_and_critic_share_the_torso(name, tmp_path, monkeypatch):
     forward = script.Torso.forward
 
     def counted(torso, x):
-        if torch.is_grad_enabled() and x.dtype == torch.uint8 and len(x) > 1:
+        if torch.is_grad_enabled() and x.dtype == torch.uint8:  # not to act
             batches.append(len(x))
         return forward(torso, x)
 
