@@ -11,58 +11,54 @@ benchmarks/requirements.txt.
 """
 
 import argparse
-import csv
 import os
-import pathlib
 import subprocess
 import sys
 import tempfile
 import time
 import tomllib
-from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
-from returns import COLORS, append, scalars, write_between
+from runner import (
+    COLORS,
+    HERE,
+    ROOT,
+    append,
+    curve,
+    execute,
+    points,
+    read,
+    scalars,
+    side_by_side,
+    write_between,
+)
 
-HERE = pathlib.Path(__file__).resolve().parent
-ROOT = HERE.parent
-RESULTS, CURVES = HERE / "results/images.csv", HERE / "results/images_curves.csv"
-COLUMNS = "script env seed env_steps options return_mean return_std episodes wall_seconds".split()
+RESULTS = HERE / "results/images.csv"
 TABLE = tomllib.loads((HERE / "images.toml").read_text(encoding="utf-8"))
 
 
-def measured(path=RESULTS):
-    """The lines of a table, as dictionaries."""
-    if not path.exists():
-        return []
-    with open(path, encoding="utf-8", newline="") as file:
-        return list(csv.DictReader(file))
-
-
 def run(row, seed):
-    """One run, appended to the tables with 200 points of its learning curve."""
+    """One run, appended to the table with 100 points of its learning curve."""
     options = TABLE["options"][row["script"]]
     folder = ROOT / f"runs/images/{row['script']}-{row['env'].rpartition('/')[2]}-{seed}"
-    line = [sys.executable, str(ROOT / f"{row['script']}.py"), "--env-id", row["env"]]
-    line += ["--total-timesteps", str(row["steps"]), "--seed", str(seed), *options.split()]
-    line += ["--run-dir", str(folder), "--eval-episodes", "30"]
+    line = f"--env-id {row['env']} --total-timesteps {row['steps']} --seed {seed} {options} "
+    line += "--eval-episodes 30"
     if (folder / "checkpoint.pt").exists():
-        line += ["--resume", str(folder / "checkpoint.pt")]
-    environment = {**os.environ, "PYTHONPATH": str(HERE), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(line, capture_output=True, text=True, env=environment)
-    if done.returncode:
-        print(f"{line}\nfailed:\n{done.stderr[-2000:]}", file=sys.stderr)
-        return
-    result = dict(pair.split("=") for pair in done.stdout.splitlines()[-1].split())
+        line += f" --resume {folder}/checkpoint.pt"
+    result = execute(row["script"], line, folder, PYTHONPATH=str(HERE))
     line = {"script": row["script"], "env": row["env"], "seed": seed, "options": options}
     line |= {"return_mean": result["eval_return_mean"], "return_std": result["eval_return_std"]}
-    line |= {"env_steps": result["env_steps"], "episodes": result["eval_episodes"]}
-    append(RESULTS, COLUMNS, [line | {"wall_seconds": result["wall_seconds"]}])
-    steps, returns = scalars(folder, "charts/episodic_return")
-    kept = np.unique(np.linspace(0, len(steps) - 1, 200).astype(int))
-    points = [{"step": steps[i], "return": round(float(returns[i]), 2)} for i in kept]
-    name = {key: line[key] for key in ("script", "env", "seed")}
-    append(CURVES, [*name, "step", "return"], [name | point for point in points])
+    line |= {"env_steps": int(result["env_steps"]), "wall_seconds": result["wall_seconds"]}
+    text = curve(*scalars(folder, "charts/episodic_return"), points=100)
+    append(RESULTS, line | {"curve": text})
+    print(f"{row['script']} {row['env']} seed {seed}: {line['return_mean']}", flush=True)
+
+
+def found(row):
+    """The results of a row, in the order of its seeds."""
+    lines = [line for line in read(RESULTS) if line["script"] == row["script"]]
+    lines = [line for line in lines if line["env"] == row["env"]]
+    return sorted(lines, key=lambda line: int(line["seed"]))
 
 
 def report():
@@ -74,35 +70,21 @@ def report():
 
     lines = ["| environment | script | steps | greedy return, seeds 251 on | published |"]
     lines += ["|---|---|---|---|---|"]
-    points, drawn = measured(CURVES), {}
+    drawn = {}
     for row in TABLE["row"]:
         name = row["env"].rpartition("/")[2]
-        found = [
-            f"{float(line['return_mean']):.1f}"
-            for seed in row["seeds"]
-            for line in measured()
-            if [line[key] for key in ("script", "env", "seed")] == [row["script"], row["env"], str(seed)]
-        ]
-        lines += [
-            f"| {name} | {row['script']} | {row['steps']:,} | {', '.join(found) or 'not run'} "
-            f"| {row['published']} |"
-        ]
-        for seed in row["seeds"]:
-            curve = [
-                (int(point["step"]), float(point["return"]))
-                for point in points
-                if [point[key] for key in ("script", "env", "seed")]
-                == [row["script"], row["env"], str(seed)]
-            ]
-            if curve:
-                drawn.setdefault(name, []).append((row["script"], curve))
+        returns = ", ".join(f"{float(line['return_mean']):.1f}" for line in found(row))
+        cells = name, row["script"], f"{row['steps']:,}", returns or "not run", row["published"]
+        lines.append(f"| {' | '.join(cells)} |")
+        drawn.setdefault(name, []).extend((row["script"], line["curve"]) for line in found(row))
+    drawn = {name: curves for name, curves in drawn.items() if curves}
     write_between(HERE / "README.md", "images", lines)
     if drawn:
         figure, grid = plt.subplots(1, len(drawn), figsize=(3.4 * len(drawn), 3), squeeze=False)
         for (name, curves), axes in zip(drawn.items(), grid.flat, strict=True):
-            for script, curve in curves:
+            for script, text in curves:
                 label = script if script not in axes.get_legend_handles_labels()[1] else None
-                axes.plot(*zip(*curve, strict=True), color=COLORS[script], lw=1, label=label)
+                axes.plot(*points(text), color=COLORS[script], lw=1, label=label)
             axes.set(title=name, xlabel="environment steps", xscale="log")
             axes.legend(fontsize=8)
         grid[0, 0].set_ylabel("return, mean of 100 training episodes")
@@ -168,7 +150,9 @@ def speed():
     """Three runs of each, in turns; median, least and most."""
     for script, steps in ("ppo", 8192), ("dqn", 4000):
         pairs = [(ours(script, steps), peer(script, steps)) for _ in range(3)]
-        for name, values in zip(("ours", "stable-baselines3"), zip(*pairs, strict=True), strict=True):
+        for name, values in zip(
+            ("ours", "stable-baselines3"), zip(*pairs, strict=True), strict=True
+        ):
             least, median, most = sorted(values)
             print(f"{script} {name}: {median:.0f} steps/s ({least:.0f} to {most:.0f})")
 
@@ -184,17 +168,14 @@ def main():
         return report()
     if arguments.speed:
         return speed()
-    done = {(line["script"], line["env"], int(line["seed"])) for line in measured()}
     missing = [
-        (row, seed)
-        for i in range(3)
+        (row, row["seeds"][i])
+        for i in range(3)  # first one seed of each row
         for row in TABLE["row"]
-        for seed in row["seeds"][i : i + 1]
-        if arguments.script in (None, row["script"])
-        and (row["script"], row["env"], seed) not in done
+        if i < len(row["seeds"]) and arguments.script in (None, row["script"])
+        if str(row["seeds"][i]) not in {line["seed"] for line in found(row)}
     ]
-    with ThreadPoolExecutor(arguments.jobs) as pool:
-        list(pool.map(lambda job: run(*job), missing))
+    side_by_side(run, missing, arguments.jobs)
 
 
 if __name__ == "__main__":

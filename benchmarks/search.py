@@ -17,7 +17,7 @@ sys.path[:0] = [str(HERE.parent), str(HERE)]
 
 import cem  # noqa: E402
 import cmaes  # noqa: E402
-from returns import write_between  # noqa: E402
+from runner import write_between  # noqa: E402
 
 
 def cross_entropy(function, mu, sigma, n, rho, noise, generator):

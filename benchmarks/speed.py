@@ -23,7 +23,7 @@ import tomllib
 from types import SimpleNamespace
 
 import numpy as np
-from returns import scalars, write_between
+from runner import scalars, write_between
 
 HERE = pathlib.Path(__file__).resolve().parent
 ROOT = HERE.parent

@@ -1,111 +1,166 @@
-"""The benchmark runner: what makes a result stale, and what counts as published, level or short."""
+"""The benchmarks: what makes a result stale, verdicts, and tables that say what was measured."""
 
 import argparse
 import shlex
+import subprocess
 import sys
 
+import numpy as np
 import pytest
 import tyro
 from conftest import ROOT, module
 
 sys.path.append(str(ROOT / "benchmarks"))
 import returns  # noqa: E402
+import runner  # noqa: E402
 
-ALL = argparse.Namespace(tier="all", script=None, env=None)
+ROW = {"script": "ppo", "env": "CartPole-v1", "steps": 100, "metric": "greedy", "seeds": 3}
+ROW |= {"reference": 500, "tolerance": 5}
+ALL = argparse.Namespace(tier="all", script=None, env=None, peer=False, jobs=1)
 
 
 def test_every_row_can_be_run_and_judged():
-    table = list(returns.rows(ALL))
-    assert table
-    for row in table:
+    for row in returns.TABLE["row"]:
         assert row["metric"] in ("greedy", "best", "train") and row["tier"] in ("standard", "full")
+        assert row["env"] in returns.TABLE["random"] and returns.block(row) % 10 == 1
+        assert row.get("seeds", 0) <= 10 and (row.get("seeds", 0) >= 5 or row["tier"] == "full")
         script = module(row["script"])  # its options are there and in range
         tyro.cli(script.Args, args=shlex.split(returns.command(row)))
 
 
-def test_only_what_decides_a_result_makes_it_stale(tmp_path, monkeypatch):
-    monkeypatch.setattr(returns, "ROOT", tmp_path)
-    row = {"script": "x", "env": "E-v0", "steps": 10, "metric": "greedy"}
+def test_tables_say_what_the_result_files_say_and_no_row_is_stale():
+    table = runner.read(returns.RESULTS)
+    for row in returns.TABLE["row"]:
+        assert returns.judge(row, table)["verdict"] != "stale", returns.key(row)
+    for path, name, lines in returns.texts():
+        new = runner.between(path, name, lines)
+        assert path.read_text(encoding="utf-8") == new, "python benchmarks/returns.py --report"
 
-    def sha(source, **changes):
+
+def test_only_what_decides_a_result_makes_it_stale(tmp_path, monkeypatch):
+    monkeypatch.setattr(runner, "ROOT", tmp_path)
+
+    def sha(source, options="--steps 10"):
         (tmp_path / "x.py").write_text(source)
-        return returns.sha({**row, **changes})
+        return runner.sha("x", options)
 
     base = sha('"""Doc."""\n\ndef f(a: int) -> int:\n    """Doc."""\n    return a + 1\n')
     assert base == sha('"""Other."""\ndef f(a):\n    return a + 1  # why\n')
     assert base != sha("def f(a):\n    return a + 2\n")
-    assert base != sha("def f(a):\n    return a + 1\n", options="--gamma 0.9")
+    assert base != sha("def f(a):\n    return a + 1\n", "--steps 10 --gamma 0.9")
 
     def args(gamma, tau):
-        return sha(f"class Args:\n    gamma: float = {gamma}\n    tau: float = {tau}\n", **given)
+        source = f"class Args:\n    gamma: float = {gamma}\n    tau: float = {tau}\n"
+        return sha(source, options)
 
-    given = {"options": "--gamma 0.9"}
+    options = "--gamma 0.9"
     assert args(0.5, 0.1) == args(0.6, 0.1) != args(0.5, 0.2)
-    given = {}
+    options = ""
     assert args(0.5, 0.1) != args(0.6, 0.1)
 
 
+def lines(finals, first=201, curves=None, script="ppo"):
+    """Results of ROW on as many seeds."""
+    out = []
+    for i, final in enumerate(finals):
+        line = {"script": script, "env": "CartPole-v1", "steps": "100", "seed": str(first + i)}
+        line |= {
+            "final": str(final),
+            "train": "7",
+            "sha": "now",
+            "seconds": "60",
+            "env_steps": "100",
+        }
+        out.append(line | {"curve": curves[i] if curves else "100:0"})
+    return out
+
+
 @pytest.mark.parametrize(
-    ("ours", "peer", "verdict"),
+    ("finals", "verdict"),
     [
-        ([500, 500, 500], None, "published"),
-        ([496, 495, 495], None, "published"),  # within the tolerance of 5
-        ([500, 500, 450], None, "level"),  # the interval reaches the bar
-        ([400, 410, 405], None, "short"),
-        ([400, 410, 405], [380, 390, 385], "level"),  # of a single run that the peer misses too
-        ([300, 310, 305], [380, 390, 385], "short"),
-        ([400, 410, 405], [380, 390], "short"),  # the peer's bar is of the same seeds or not at all
-        ([500, 500], None, "unfinished"),
+        ([500, 500, 500], "reached"),
+        ([496, 495, 495], "level"),  # the mean is above the bar of 495, the interval holds it
+        ([500, 500, 450], "level"),
+        ([400, 410, 405], "below"),
+        ([400, 490, 480], "level"),
+        ([500, 500], "unfinished, 2 of 3"),
+        ([], "not run"),
     ],
 )
-def test_verdicts(monkeypatch, ours, peer, verdict):
-    row = {
-        "script": "ppo",
-        "env": "CartPole-v1",
-        "steps": 10,
-        "metric": "greedy",
-        "tier": "standard",
-    }
-    row |= {"reference": 500, "tolerance": 5, "peer": {"algorithm": "PPO"}}
-    lines = []
-    for script, values in (("ppo", ours), ("sb3-ppo", peer or [])):
-        for seed, value in enumerate(values, 1):
-            line = {"script": script, "env": row["env"], "seed": str(seed), "metric": "greedy"}
-            line |= {"return_mean": str(value), "wall_seconds": "601", "env_steps": "10"}
-            lines.append(line | {"script_sha": "now"})
-    stray = {**lines[0], "seed": "101"}, {**lines[0], "seed": "9", "metric": "best"}
-    monkeypatch.setattr(returns, "measured", lambda: [*lines, *stray])
-    monkeypatch.setattr(returns, "sha", lambda row, peer=False: "now")
-    assert returns.judge(row)["verdict"] == verdict  # of runs over ten minutes three are enough
-    short = [{**line, "wall_seconds": "599"} for line in lines]
-    monkeypatch.setattr(returns, "measured", lambda: short)
-    assert returns.judge(row)["verdict"] == "unfinished"
-    monkeypatch.setattr(returns, "sha", lambda row, peer=False: "later")
-    assert returns.judge(row)["verdict"] == "stale"
+def test_verdicts(monkeypatch, finals, verdict):
+    monkeypatch.setattr(returns, "row_sha", lambda row, peer=False: "now")
+    others = lines([0, 0, 0], first=101) + lines([0], script="sb3-ppo")
+    assert returns.judge(ROW, lines(finals) + others)["verdict"] == verdict
+    monkeypatch.setattr(returns, "row_sha", lambda row, peer=False: "later")
+    assert returns.judge(ROW, lines(finals))["verdict"] == ("stale" if finals else "not run")
 
 
-@pytest.mark.parametrize(
-    ("mean", "point", "stand"), [("9.0", "3", True), ("9.1", "3", False), ("9.0", "4", False)]
-)
-def test_other_seeds_stand_only_where_seed_1_is_as_it_was(
-    tmp_path, monkeypatch, mean, point, stand
+def test_a_row_stands_on_its_own_block_and_earlier_ones_are_counted(monkeypatch):
+    monkeypatch.setattr(returns, "row_sha", lambda row, peer=False: "now")
+    table = lines([0, 0, 0]) + lines([500, 500, 500], first=211)
+    result = returns.judge({**ROW, "block": 211}, table)
+    assert result["verdict"] == "reached" and result["attempts"] == 2
+    assert returns.judge(ROW, table)["verdict"] == "below"
+
+
+def test_best_is_the_best_time_of_the_averaged_curve():
+    curves = ["50:10 100:2", "50:0 100:6"]  # each seed's own maximum would give 8
+    row = {**ROW, "metric": "best", "seeds": 2}
+    assert returns.metric(row, lines([1, 1], curves=curves)).tolist() == [10, 0]
+    assert returns.metric({**row, "metric": "train"}, lines([1, 1])).tolist() == [7, 7]
+
+
+def test_the_peer_counts_on_all_of_its_seeds(monkeypatch):
+    monkeypatch.setattr(returns, "row_sha", lambda row, peer=False: "now")
+    row = {**ROW, "seeds": 10, "peer": {"algorithm": "PPO"}}
+    for count, seen in (4, 0), (5, 5):
+        table = lines([500] * 10) + lines([490] * count, script="sb3-ppo")
+        assert len(returns.judge(row, table)["peer"]) == seen
+
+
+def test_statistics_by_hand():
+    low, high = runner.interval([1, 2, 3])
+    assert (low, high) == pytest.approx((2 - 4.303 / 3**0.5, 2 + 4.303 / 3**0.5))
+    assert returns.better(np.array([1, 3]), np.array([1, 2])) == (0.5 + 0 + 1 + 1) / 4
+    assert returns.interquartile_mean(np.array([[-100, 1], [2, 900]])) == 1.5
+    row = {**ROW, "reference": 500}
+    assert returns.score(row, np.array([21.5, 500])).tolist() == [0, 1]
+    scores = np.arange(10.0).reshape(2, 5)
+    low, high = returns.bootstrap(returns.interquartile_mean, scores)
+    assert low < returns.interquartile_mean(scores) < high
+
+
+def test_curves_as_text():
+    steps, values = np.arange(100) * 10, np.arange(100) / 7
+    text = runner.curve(steps, values, 20)
+    x, y = runner.points(text)
+    assert len(x) == 20 and x[0] == 0 and x[-1] == 990
+    assert y[-1] == pytest.approx(99 / 7, rel=1e-4)
+    assert runner.curve(np.array([5, 5]), np.array([1.0, 2.0])) == "5:2"  # the later of two
+
+
+@pytest.mark.parametrize(("final", "stands"), [("9.0", True), ("9.1", False)])
+def test_results_stand_after_a_change_only_if_a_seed_comes_out_the_same(
+    tmp_path, monkeypatch, final, stands
 ):
-    """The result and the learning curve of seed 1 must both be the same under the new hash."""
-    row = {"script": "x", "env": "E-v0"}
-    monkeypatch.setattr(returns, "rows", lambda _: [row])
-    monkeypatch.setattr(returns, "sha", lambda _: "new")
     monkeypatch.setattr(returns, "RESULTS", tmp_path / "returns.csv")
-    monkeypatch.setattr(returns, "CURVES", tmp_path / "curves.csv")
-    columns = ["script", "env", "seed", "script_sha"]
-    runs = [("1", "old", "9.0", "3"), ("2", "old", "8.0", "5"), ("1", "new", mean, point)]
-    for seed, sha, value, at_10 in runs:
-        line = {**row, "seed": seed, "script_sha": sha}
-        result = {"env_steps": "10", "metric": "greedy", "return_mean": value, "return_std": "0"}
-        returns.append(returns.RESULTS, [*columns, *result], [line | result])
-        at = {"step": "10", "return": at_10}
-        returns.append(returns.CURVES, [*columns, *at], [line | at])
-    for _ in range(2):  # a second call finds nothing to do
-        returns.carry(ALL)
-        new = [line for line in returns.measured() if line["script_sha"] == "new"]
-        assert [line["return_mean"] for line in new] == ([mean, "8.0"] if stand else [mean])
-    assert returns.CURVES.read_text().count("new") == len(new)
+    monkeypatch.setattr(returns, "rows", lambda _: [ROW])
+    monkeypatch.setattr(returns, "row_sha", lambda row, peer=False: "later")
+    for line in lines(["9.0", "8.0"]):
+        runner.append(returns.RESULTS, line | {"std": "0.0"})
+    new = {"final": final, "std": "0.0", "env_steps": "100", "curve": "100:0"}
+    monkeypatch.setattr(returns, "run_ours", lambda row, seed, folder: new)
+    returns.confirm(ALL)
+    assert {line["sha"] for line in runner.read(returns.RESULTS)} == {"later" if stands else "now"}
+
+
+def test_a_changed_script_is_committed_before_it_is_measured(tmp_path, monkeypatch):
+    monkeypatch.setattr(runner, "ROOT", tmp_path)
+    (tmp_path / "x.py").write_text("1\n")
+    who = "git -c user.name=x -c user.email=x@x.org"
+    for line in "git init -q", "git add x.py", f"{who} commit -qm first":
+        subprocess.run(shlex.split(line), cwd=tmp_path, check=True)
+    assert len(runner.commit("x.py")) == 10
+    (tmp_path / "x.py").write_text("2\n")
+    with pytest.raises(RuntimeError, match=r"commit before you measure: x\.py"):
+        runner.commit("x.py")

@@ -1,0 +1,105 @@
+"""The pictures of the returns: one an environment, and all rows at a glance."""
+
+import matplotlib
+
+matplotlib.use("agg")
+
+import numpy as np  # noqa: E402
+from matplotlib import pyplot as plt  # noqa: E402
+from matplotlib.ticker import EngFormatter  # noqa: E402
+from runner import COLORS, HERE, interval  # noqa: E402
+
+VERDICTS = dict(reached="tab:green", level="tab:orange", below="tab:red")
+
+
+def steps_axis(axes):
+    """Environment steps as 200k, few of them."""
+    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+    axes.locator_params(axis="x", nbins=4)
+
+
+def band(axes, x, curves, color, label=None):
+    """The mean of curves, (seeds, points), and its 95% interval."""
+    low, high = np.array([interval(column) for column in curves.T]).T
+    axes.plot(x, curves.mean(0), color=color, label=label)
+    if len(curves) > 1:
+        axes.fill_between(x, low, high, color=color, alpha=0.25, linewidth=0)
+
+
+def environment(name, results, curves):
+    """One panel a row: evaluations during training, the reference, its tolerance in grey.
+
+    The dot is the evaluation that the verdict is of, where that is the one at the end.
+    """
+    columns = min(5, len(results))
+    height = -(-len(results) // columns)
+    size = (2.6 * columns + 0.6, 2.2 * height + 0.5)
+    figure, grid = plt.subplots(height, columns, figsize=size, sharey=True, squeeze=False)
+    for axes in grid.flat[len(results) :]:
+        axes.set_visible(False)
+    for result, axes in zip(results, grid.flat, strict=False):
+        row = result["row"]
+        x = np.arange(1, 21) * row["steps"] / 20
+        band(axes, x, curves(row, result["lines"]), COLORS[row["script"]])
+        axes.axhline(row["reference"], color="black", linestyle=":", linewidth=1)
+        axes.axhspan(row["reference"] - row["tolerance"], row["reference"], color="0.85", zorder=0)
+        if row["metric"] == "greedy":
+            axes.plot(row["steps"], result["values"].mean(), "o", color=COLORS[row["script"]], ms=4)
+        axes.set_title(row["script"], fontsize=10)
+        axes.set_xlim(0)
+        steps_axis(axes)
+    figure.supxlabel("environment steps", fontsize=10)
+    figure.supylabel("return", fontsize=10)
+    figure.suptitle(name, fontsize=11)
+    figure.tight_layout()
+    figure.savefig(HERE / f"plots/{name}.png", dpi=100)
+    plt.close(figure)
+
+
+def label(row):
+    """ppo  Hopper-v5  1M"""
+    return f"{row['script']}  {row['env']}  {EngFormatter(sep='')(row['steps'])}"
+
+
+def glance(results, score):
+    """Every row as a score: 0 is random play, 1 the reference; interval, bar and the peer."""
+    results = sorted(results, key=lambda result: list(COLORS).index(result["row"]["script"]))
+    half = (len(results) + 1) // 2
+    scripts = [result["row"]["script"] for result in results]
+    while half < len(results) and scripts[half] == scripts[half - 1]:
+        half += 1  # a script's rows stay together
+    parts = results[:half], results[half:]
+    height = 0.21 * max(map(len, parts)) + 1.1
+    figure, grid = plt.subplots(1, len(parts), figsize=(12, height), squeeze=False)
+    for part, axes in zip(parts, grid.flat, strict=True):
+        for y, result in enumerate(part):
+            row, values = result["row"], result["values"]
+            bar = score(row, row["reference"] - row["tolerance"])
+            axes.plot([bar, bar], [y - 0.4, y + 0.4], color="black", linewidth=1.5)
+            scores = score(row, values)
+            low, high = np.clip(interval(scores), -0.5, 1.6)
+            color = VERDICTS[result["verdict"]]
+            axes.plot([low, high], [y, y], color=color, linewidth=2)
+            beyond = scores.mean() > 1.6
+            axes.plot(min(scores.mean(), 1.6), y, ">" if beyond else "o", color=color, markersize=5)
+            if len(result["peer"]):
+                theirs = np.clip(score(row, result["peer"]).mean(), -0.5, 1.6)
+                axes.plot(theirs, y, "D", color="none", markeredgecolor="0.3", markersize=5)
+        axes.set_yticks(range(len(part)), [label(result["row"]) for result in part], fontsize=8)
+        axes.set_ylim(len(part) - 0.5, -0.5)
+        axes.set_xlim(min(0, axes.get_xlim()[0]), 1.65)
+        axes.grid(axis="x", color="0.9")
+        axes.set_axisbelow(True)
+        axes.set_xlabel("score: 0 random play, 1 the published reference", fontsize=9)
+    marks = [
+        plt.Line2D([], [], marker="o", color=color, linewidth=2, label=verdict)
+        for verdict, color in VERDICTS.items()
+    ]
+    bar = dict(marker="|", color="black", linestyle="", markersize=9)
+    marks += [plt.Line2D([], [], **bar, label="reference less tolerance")]
+    peer = dict(marker="D", color="none", markeredgecolor="0.3")
+    marks += [plt.Line2D([], [], **peer, label="stable-baselines3")]
+    figure.legend(handles=marks, loc="upper center", ncols=len(marks), frameon=False, fontsize=9)
+    figure.tight_layout(rect=(0, 0, 1, 1 - 0.35 / height))
+    figure.savefig(HERE / "plots/overview.png", dpi=100)
+    plt.close(figure)

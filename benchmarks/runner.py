@@ -1,0 +1,185 @@
+"""What the benchmarks share: running a script, keeping what was measured, intervals, tables."""
+
+import ast
+import csv
+import functools
+import hashlib
+import os
+import pathlib
+import platform
+import re
+import shlex
+import subprocess
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from importlib.metadata import version
+
+import numpy as np
+
+HERE = pathlib.Path(__file__).resolve().parent
+ROOT = HERE.parent
+COLORS = dict(  # of a script in every plot
+    reinforce="black",
+    a2c="tab:blue",
+    a3c="tab:cyan",
+    cem="tab:olive",
+    cmaes="tab:green",
+    nes="limegreen",
+    dqn="tab:purple",
+    double_dqn="orchid",
+    awr="tab:brown",
+    ppo="tab:red",
+    ddpg="tab:orange",
+    td3="navy",
+    sac="tab:gray",
+)
+# Student's t, 97.5% quantile, by degrees of freedom
+T = [12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262]
+LOCK = threading.Lock()
+
+
+def read(path):
+    """The lines of a table, as dictionaries of text."""
+    if not path.exists():
+        return []
+    with open(path, encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def append(path, line):
+    """Append a dictionary to a table, whose first line names the columns."""
+    with LOCK:
+        path.parent.mkdir(exist_ok=True)
+        new = not path.exists()
+        with open(path, "a", encoding="utf-8", newline="") as file:
+            writer = csv.DictWriter(file, list(line), lineterminator="\n")
+            if new:
+                writer.writeheader()
+            writer.writerow(line)
+
+
+def write(path, lines):
+    """Write a table anew."""
+    path.unlink(missing_ok=True)
+    for line in lines:
+        append(path, line)
+
+
+def scalars(run_dir, tag):
+    """(steps, values) that a run logged under tag."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    log = EventAccumulator(str(run_dir), size_guidance={"scalars": 0}).Reload()
+    events = log.Scalars(tag) if tag in log.Tags()["scalars"] else []
+    return np.array([event.step for event in events]), np.array([event.value for event in events])
+
+
+def curve(steps, values, points=20):
+    """A learning curve as text, step:value step:value ..., of at most so many points."""
+    last = dict(zip(steps.tolist(), values.tolist(), strict=True))  # of two at a step the later
+    kept = np.unique(np.linspace(0, len(last) - 1, min(points, len(last))).astype(int))
+    pairs = list(last.items())
+    return " ".join(f"{pairs[i][0]}:{pairs[i][1]:.5g}" for i in kept)
+
+
+def points(text):
+    """(steps, values) of a learning curve that is text."""
+    pairs = [pair.split(":") for pair in text.split()]
+    return np.array([(int(step), float(value)) for step, value in pairs]).reshape(-1, 2).T
+
+
+def execute(script, options, run_dir, **environment):
+    """Run a script on one thread: the pairs of its last line, as numbers."""
+    line = [sys.executable, f"{ROOT}/{script}.py", *shlex.split(options), "--run-dir", str(run_dir)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
+    done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, env=environment)
+    if done.returncode:
+        raise RuntimeError(f"{shlex.join(line)}\nfailed:\n{done.stderr[-2000:]}")
+    pairs = [pair.split("=") for pair in done.stdout.splitlines()[-1].split()]
+    return {name: float(value) for name, value in pairs}
+
+
+def side_by_side(work, jobs, count):
+    """Call work(*job) for each job, so many at once; after a failure or Ctrl-C nothing new begins."""
+    with ThreadPoolExecutor(count) as pool:
+        futures = [pool.submit(work, *job) for job in jobs]
+        try:
+            for future in as_completed(futures):
+                future.result()
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+
+
+def machine():
+    """Versions and processor that a result was measured with."""
+    try:
+        model = re.search(r"model name\s*: (.*)", pathlib.Path("/proc/cpuinfo").read_text())[1]
+    except (OSError, TypeError):
+        model = platform.processor()
+    python = platform.python_version()
+    return f"torch {version('torch')}, Python {python}, {model} x{os.cpu_count()}"
+
+
+def commit(*paths):
+    """The commit that the working tree stands on; a RuntimeError if these paths differ from it."""
+    changed = subprocess.check_output(["git", "status", "--porcelain", *paths], cwd=ROOT, text=True)
+    if changed:
+        raise RuntimeError(f"commit before you measure: {' '.join(changed.split()[1::2])}")
+    line = ["git", "rev-parse", "--short=10", "HEAD"]
+    return subprocess.check_output(line, cwd=ROOT, text=True).strip()
+
+
+def dump(node):
+    """The syntax tree as nested lists; ast.dump differs between versions of Python."""
+    if isinstance(node, ast.AST):
+        fields = [(k, dump(v)) for k, v in ast.iter_fields(node) if v not in (None, [])]
+        return [type(node).__name__, *fields]
+    return [dump(item) for item in node] if isinstance(node, list) else repr(node)
+
+
+@functools.cache
+def syntax(source, given):
+    """The syntax tree without docstrings, annotations and defaults of given options, as text."""
+    tree = ast.parse(source)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ClassDef) and node.name == "Args":
+            for field in node.body:
+                if isinstance(field, ast.AnnAssign) and field.target.id in given:
+                    field.value = None
+        documented = isinstance(node, (ast.FunctionDef, ast.ClassDef, ast.Module))
+        if documented and ast.get_docstring(node) is not None:
+            node.body = node.body[1:]
+        if isinstance(node, ast.FunctionDef):
+            node.returns = None
+        if isinstance(node, ast.arg):
+            node.annotation = None
+    return str(dump(tree))
+
+
+def sha(script, options):
+    """Hash of what decides a result: the script, prose and annotations aside, and the options."""
+    source = (ROOT / f"{script}.py").read_text(encoding="utf-8")
+    given = tuple(name.replace("-", "_") for name in re.findall(r"--(\S+)", options))
+    return hashlib.sha256(f"{syntax(source, given)} {options}".encode()).hexdigest()[:12]
+
+
+def interval(values):
+    """The 95% interval of the mean by Student's t; of a single value, infinitely wide."""
+    values = np.asarray(values, float)
+    if len(values) == 1:
+        return -np.inf, np.inf
+    half = T[len(values) - 2] * values.std(ddof=1) / len(values) ** 0.5
+    return values.mean() - half, values.mean() + half
+
+
+def between(path, name, lines):
+    """The text of a file with these lines between its two markers of this name."""
+    begin, end = f"<!-- {name} -->", f"<!-- end of {name} -->"
+    before, rest = path.read_text(encoding="utf-8").split(begin)
+    return before + "\n".join([begin, *lines, end]) + rest.split(end)[1]
+
+
+def write_between(path, name, lines):
+    """Put these lines between the two markers of this name."""
+    path.write_text(between(path, name, lines), encoding="utf-8")
