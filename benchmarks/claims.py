@@ -1,0 +1,383 @@
+"""Measure the claims of claims.toml, in the order of the document, and write claims.md.
+
+    python benchmarks/claims.py                    what is missing; goes on where it was
+    python benchmarks/claims.py --only twin        claims whose name contains twin
+    python benchmarks/claims.py --alone            those about time on the clock, one run at a time
+    python benchmarks/claims.py --report           claims.md and its pictures; runs nothing
+
+A run is a command line and a seed, 401 to 408, and is kept in results/claims.csv, where claims share
+it. What a claim predicts stands in claims.toml before its first run: which setting has more of which
+statistic, and by how much for the difference to count. A prediction *holds* if the 95% interval of
+the difference of means (Welch's t) lies above 0 and the difference counts; it *fails* if the interval
+excludes a difference that counts; else it is *open*.
+"""
+
+import argparse
+import functools
+import re
+import sys
+import time
+import tomllib
+
+import numpy as np
+from runner import (
+    HERE,
+    ROOT,
+    T,
+    append,
+    commit,
+    curve,
+    execute,
+    interval,
+    machine,
+    points,
+    read,
+    scalars,
+    sha,
+    side_by_side,
+    write_between,
+)
+
+RESULTS = HERE / "results/claims.csv"
+SEEDS = range(401, 409)
+CLAIMS = tomllib.loads((HERE / "claims.toml").read_text(encoding="utf-8"))["claim"]
+PREDICTION = re.compile(
+    r"(?P<what>.+?) on (?P<task>\S+): (?P<more>.+) > (?P<less>.+) by (?P<by>\S+)"
+)
+
+
+# Statistics: a function of a run's line in the table, or of a setting's lines ----------------------
+
+
+def logged(line, tag):
+    """(steps, values) of a scalar of the run."""
+    curves = dict(part.split("=") for part in line["logs"].split("|"))
+    return points(curves[tag])
+
+
+def final(lines):
+    """The greedy return at the end, 50 episodes."""
+    return [float(line["final"]) for line in lines]
+
+
+def spread(lines):
+    """How far the return at the end is from the median over seeds."""
+    values = np.array(final(lines))
+    return np.abs(values - np.median(values))
+
+
+def area(lines):
+    """The mean over training of the return of the last 100 episodes."""
+    return [
+        np.trapezoid(y, x) / (x[-1] - x[0]) for x, y in (logged(line, RETURN) for line in lines)
+    ]
+
+
+def fall(lines):
+    """From the best return during training, of 100 episodes, to the last."""
+    return [y.max() - y[-1] for _, y in (logged(line, RETURN) for line in lines)]
+
+
+def steps_to(bar, lines):
+    """Steps until the return of the last 100 episodes is at the bar; all steps if it never is."""
+    out = []
+    for line in lines:
+        x, y = logged(line, RETURN)
+        there = np.flatnonzero(y >= bar)
+        out.append(x[there[0]] if len(there) else int(line["env_steps"]))
+    return out
+
+
+def seconds_to(bar, lines):
+    """The same on the clock."""
+    out = []
+    for line, steps in zip(lines, steps_to(bar, lines), strict=True):
+        x, per_second = logged(line, "charts/SPS")
+        out.append(steps / np.interp(steps, x, per_second))
+    return out
+
+
+def bias(lines, part=slice(-10, None)):
+    """Value less return at the start of an episode, in the last quarter of training."""
+    value = [logged(line, "losses/start_value")[1] for line in lines]
+    true = [logged(line, "losses/start_return")[1] for line in lines]
+    return [np.mean(v[part] - t[part]) for v, t in zip(value, true, strict=True)]
+
+
+def early_bias(lines):
+    """The same in the second quarter of training."""
+    return bias(lines, slice(10, 20))
+
+
+def changed(lines):
+    """The greedy return in the environment that was changed after training."""
+    return [float(line["changed"]) for line in lines]
+
+
+def last(tag, lines):
+    """A scalar in the last quarter of training."""
+    return [logged(line, tag)[1][-10:].mean() for line in lines]
+
+
+def log10_last(tag, lines):
+    """Its logarithm."""
+    return np.log10(np.maximum(last(tag, lines), 1e-12))
+
+
+RETURN, POINTS = "charts/episodic_return", 40
+TAGS = {
+    "seconds to": ["charts/SPS"],
+    "bias": ["losses/start_value", "losses/start_return"],
+    "early bias": ["losses/start_value", "losses/start_return"],
+}
+
+
+def statistic(name):
+    """The function of the lines of a setting, and the tags it needs."""
+    first, _, rest = name.rpartition(" ")
+    if first in ("steps to", "seconds to"):
+        function = {"steps to": steps_to, "seconds to": seconds_to}[first]
+        return functools.partial(function, float(rest)), TAGS.get(first, [])
+    if first in ("last", "log10 of last"):
+        function = {"last": last, "log10 of last": log10_last}[first]
+        return functools.partial(function, f"losses/{rest}"), [f"losses/{rest}"]
+    named = {"final": final, "spread": spread, "area": area, "fall": fall, "changed": changed}
+    named |= {"bias": bias, "early bias": early_bias}
+    return named[name], TAGS.get(name, [])
+
+
+# Runs ---------------------------------------------------------------------------------------------
+
+
+def predictions(claim):
+    """What the claim predicts: dictionaries of what, task, more, less, by."""
+    return [PREDICTION.fullmatch(text).groupdict() for text in claim["predicts"]]
+
+
+def line_of(claim, setting, task):
+    """The command line of a setting on a task: script and options."""
+    script, _, options = claim["settings"][setting].partition(" ")
+    return " ".join(f"{script} {claim['tasks'][task]} {options}".split())
+
+
+def pairs(claim):
+    """The settings and tasks that some prediction needs, or that the claim shows beside them."""
+    found = {}
+    for p in predictions(claim):
+        shown = claim.get("shown", [])
+        for setting in [p["more"], p["less"], *shown]:
+            if setting in claim["settings"]:
+                found[setting, p["task"]] = None
+    order = list(claim["settings"])
+    return sorted(
+        found, key=lambda pair: (list(claim["tasks"]).index(pair[1]), order.index(pair[0]))
+    )
+
+
+def needed():
+    """Of every command line: the tags to keep, what to change afterwards, whether it runs alone."""
+    out = {}
+    for claim in CLAIMS:
+        tags = {tag for p in predictions(claim) for tag in statistic(p["what"])[1]}
+        clock = any("seconds" in p["what"] for p in predictions(claim))
+        for pair in pairs(claim):
+            entry = out.setdefault(
+                line_of(claim, *pair), {"tags": set(), "change": "", "alone": False}
+            )
+            entry["tags"] |= tags
+            entry["change"] = claim.get("change", entry["change"])
+            entry["alone"] |= clock
+    return out
+
+
+def fits(line, need):
+    """Whether a run of the table is of today's script and has all that is needed."""
+    script, _, options = line["run"].partition(" ")
+    tags = {part.split("=")[0] for part in line["logs"].split("|")}
+    changed = line["change"] == need["change"] or not need["change"]
+    alone = line["alone"] == "True" or not need["alone"]
+    return line["sha"] == sha(script, options) and tags >= need["tags"] and changed and alone
+
+
+def run(command, seed, need, stands_on):
+    """One run, appended to the table."""
+    script, _, options = command.partition(" ")
+    folder = ROOT / f"runs/claims/{abs(hash(command))}__{seed}"
+    for old in folder.glob("*"):
+        old.unlink()
+    began = time.time()
+    result = execute(script, f"{options} --seed {seed} --eval-episodes 50", folder)
+    kept = {tag: curve(*scalars(folder, tag), POINTS) for tag in (RETURN, *sorted(need["tags"]))}
+    line = {"run": command, "seed": seed, "final": result["eval_return_mean"], "changed": ""}
+    if need["change"]:
+        again = f"--resume {folder}/checkpoint.pt --eval-episodes 50 {need['change']}"
+        line["changed"] = execute(script, again, folder)["eval_return_mean"]
+    line |= {"change": need["change"], "env_steps": int(result["env_steps"])}
+    line |= {"seconds": round(time.time() - began, 1), "alone": need["alone"]}
+    line |= {"logs": "|".join(f"{tag}={text}" for tag, text in kept.items())}
+    append(RESULTS, line | {"sha": sha(script, options), "commit": stands_on, "by": machine()})
+    print(f"{command} seed {seed}: {line['final']}", flush=True)
+
+
+def run_missing(arguments):
+    """What the claims asked for need and the table lacks."""
+    asked = [claim for claim in CLAIMS if arguments.only in claim["name"]]
+    commands = {line_of(claim, *pair): None for claim in asked for pair in pairs(claim)}
+    scripts = {f"{command.split()[0]}.py" for command in commands}
+    stands_on = commit("benchmarks/claims.toml", *scripts)
+    table, need, jobs = read(RESULTS), needed(), []
+    for command in commands:
+        if need[command]["alone"] == arguments.alone:
+            lines = [line for line in table if line["run"] == command]
+            done = {line["seed"] for line in lines if fits(line, need[command])}
+            jobs += [(command, s, need[command], stands_on) for s in SEEDS if str(s) not in done]
+    print(f"{len(jobs)} runs to do", flush=True)
+    side_by_side(run, jobs, 1 if arguments.alone else arguments.jobs)
+
+
+# Report -------------------------------------------------------------------------------------------
+
+
+def lines_of(claim, table, need):
+    """The runs of each (setting, task), one a seed, where all seeds are there."""
+    out = {}
+    for pair in pairs(claim):
+        command = line_of(claim, *pair)
+        fit = [x for x in table if x["run"] == command and fits(x, need[command])]
+        one = {line["seed"]: line for line in fit}
+        if len(one) == len(SEEDS):
+            out[pair] = [one[seed] for seed in sorted(one)]
+    return out
+
+
+def difference(a, b):
+    """Mean of a less mean of b, and its 95% interval by Welch's t."""
+    a, b = np.asarray(a, float), np.asarray(b, float)
+    gap = a.mean() - b.mean()
+    parts = np.array([x.var(ddof=1) / len(x) if len(x) > 1 else 0.0 for x in (a, b)])
+    if not parts.sum():
+        return gap, gap, gap
+    freedom = parts.sum() ** 2 / sum(p**2 / (len(x) - 1) for p, x in zip(parts, (a, b)) if p)
+    half = T[min(int(freedom), len(T)) - 1] * parts.sum() ** 0.5
+    return gap, gap - half, gap + half
+
+
+def judge(prediction, lines):
+    """Difference, interval and whether the prediction holds, fails or is open; None if not run."""
+    sides = []
+    for name in prediction["more"], prediction["less"]:
+        if re.fullmatch(r"-?[\d.]+", name):
+            sides.append([float(name)])
+        elif (name, prediction["task"]) not in lines:
+            return None
+        else:
+            sides.append(statistic(prediction["what"])[0](lines[name, prediction["task"]]))
+    gap, low, high = difference(*sides)
+    by = float(prediction["by"])
+    verdict = "holds" if low > 0 and gap >= by else "fails" if high < by else "open"
+    return gap, low, high, verdict
+
+
+def verdict(claim, judged):
+    """Of all predictions of a claim together."""
+    found = [result[3] if result else "not run" for result in judged]
+    for one, text in {"not run": "not run yet", "holds": "holds"}.items():
+        if set(found) == {one}:
+            return text
+    if "not run" in found:
+        return "not run yet"
+    if "holds" in found:
+        return f"holds only in part ({found.count('holds')} of {len(found)})"
+    return "does not hold here" if set(found) == {"fails"} else "open"
+
+
+def short(value):
+    """A number of three or four digits."""
+    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
+
+
+def section(number, claim, table, need):
+    """The text of a claim, and its verdict."""
+    lines = lines_of(claim, table, need)
+    asked = predictions(claim)
+    judged = [judge(p, lines) for p in asked]
+    said = verdict(claim, judged)
+    text = [
+        f"### {number}. {claim['claim']}",
+        "",
+        f"Section *{claim['section']}*. **{said[0].upper()}{said[1:]}.**",
+    ]
+    if "seen" in claim and "not run" not in said:
+        text[-1] += f" {claim['seen']}"
+    text += ["", f"![{claim['name']}](plots/claims/{claim['name']}.png)", ""] if lines else [""]
+    text += ["| prediction | difference | 95% | counts from | |", "|---|---|---|---|---|"]
+    for p, result in zip(asked, judged, strict=True):
+        sentence = f"{p['what']} on {p['task']}: {p['more']} > {p['less']}"
+        if result is None:
+            text.append(f"| {sentence} | | | {p['by']} | not run |")
+        else:
+            gap, low, high, one = result
+            text.append(
+                f"| {sentence} | {short(gap)} | {short(low)} to {short(high)} | {p['by']} | {one} |"
+            )
+    text += ["", "<details><summary>settings</summary>", "", "```"]
+    text += [
+        f"{setting}: python {x.replace(' ', '.py ', 1)}"
+        for setting, task in pairs(claim)
+        for x in [line_of(claim, setting, task)]
+    ]
+    if "change" in claim:
+        text.append(f"afterwards: --resume ... {claim['change']}")
+    return [*text, "```", "", "</details>", ""], said
+
+
+def texts():
+    """What claims.md says between its markers."""
+    table, need = read(RESULTS), needed()
+    body, rows = [], ["| | claim | verdict |", "|---|---|---|"]
+    for number, claim in enumerate(CLAIMS, 1):
+        lines, said = section(number, claim, table, need)
+        body += lines
+        rows.append(f"| {number} | {claim['claim']} | {said} |")
+    return [(HERE / "claims.md", "overview", rows), (HERE / "claims.md", "claims", body)]
+
+
+def report():
+    """claims.md and a picture a claim."""
+    import plots
+
+    table, need = read(RESULTS), needed()
+    for claim in CLAIMS:
+        lines = lines_of(claim, table, need)
+        if lines:
+            asked = list(dict.fromkeys((p["what"], p["task"]) for p in predictions(claim)))
+            values = {
+                (what, task): {
+                    setting: statistic(what)[0](found)
+                    for (setting, on), found in lines.items()
+                    if on == task
+                }
+                for what, task in asked
+            }
+            plots.claim(claim["name"], values)
+    for place in texts():
+        write_between(*place)
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--only", default="", help="claims whose name contains this")
+    parser.add_argument("--jobs", type=int, default=2, help="runs side by side")
+    parser.add_argument("--alone", action="store_true", help="those about the clock, one at a time")
+    parser.add_argument("--report", action="store_true", help="write claims.md; run nothing")
+    arguments = parser.parse_args()
+    try:
+        report() if arguments.report else run_missing(arguments)
+    except RuntimeError as error:
+        sys.exit(str(error))
+
+
+if __name__ == "__main__":
+    main()
