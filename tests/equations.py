@@ -10,6 +10,7 @@ statement; or, where equations.tsv names some, separated by "; ", the lines that
 import ast
 import csv
 import functools
+import itertools
 import os
 import pathlib
 import re
@@ -23,16 +24,15 @@ TOP = """\
 # The equations and their code
 
 The scripts implement the post *Deep Reinforcement Learning* of 2026-02-10. This page lists its
-{total} displayed equations in its order. Docstrings cite them as `[Section heading, eq. n]`, where n
-counts from the beginning of the section.
+{total} displayed equations in its order. Docstrings cite them as `[Section heading, eq. n]`, where
+n counts from the beginning of the section. `python tests/equations.py` writes the page.
 
-{implemented} equations are implemented: their lines of code stand below them. {verified} are verified by
-a test. {definition} are definitions of a name. The docstring of a function says what its variables are.
+{implemented} equations are implemented: their lines of code stand below them, with the names that
+the docstring of the function explains. {verified} are verified by a test. {definition} are
+definitions.
 
 Where the document is wrong or needs a condition, an erratum stands under the equation, or under the
 heading if it is about the text. Every erratum names a test that shows it.
-
-`python tests/equations.py` writes this page.
 """
 
 
@@ -72,12 +72,19 @@ def definitions(path):
 
 def shown(path, name, starts):
     """The numbers of the lines to show of a function."""
-    node = definitions(path)[name]
-    numbers = range(node.lineno, node.end_lineno + 1)
+    statements = definitions(path)[name].body[1:]  # after the docstring
+    start, end = statements[0].lineno, statements[-1].end_lineno
     if starts:
-        return [n for n in numbers if source(path)[n - 1].strip().startswith(tuple(starts))]
-    first, last = node.body[1], node.body[-1]  # body[0] is the docstring
-    return range((last if node.end_lineno - first.lineno > 2 else first).lineno, numbers.stop)
+        lines = source(path)[start - 1 : end]
+        return [n for n, line in enumerate(lines, start) if line.strip().startswith(starts)]
+    return range(start if end - start < 3 else statements[-1].lineno, end + 1)
+
+
+def excerpt(path, numbers):
+    """The text of these lines. Those that do not follow one another are each moved to the left."""
+    runs = itertools.groupby(enumerate(numbers), lambda pair: pair[1] - pair[0])
+    runs = ([source(path)[n - 1] for _, n in run] for _, run in runs)
+    return "\n".join(textwrap.dedent("\n".join(run)) for run in runs)
 
 
 def link(path, number):
@@ -109,16 +116,16 @@ def functions(places, starts):
     for name, paths in by_name(places, ":").items():
         found, texts = [], set()
         for path in sorted(paths):
-            numbers = shown(path, name, starts)
-            texts.add(textwrap.dedent("\n".join(source(path)[n - 1] for n in numbers)))
-            # train is long: there the link goes to the line itself
-            found.append(link(path, numbers[0] if name == "train" else definitions(path)[name].lineno))
+            numbers, line = shown(path, name, starts), definitions(path)[name].lineno
+            texts.add(excerpt(path, numbers))
+            # train is long: the link goes to the first of the lines shown
+            found.append(link(path, numbers[0] if name == "train" else line))
         links.append(f"`{name}` in {', '.join(found)}")
         [blocks[name]] = texts  # the same in all of them
     blocks = {name: text for name, text in blocks.items() if text}
     if len(blocks) > 1:
         blocks = {name: f"# {name}\n{text}" for name, text in blocks.items()}
-    return "; ".join(links), "\n".join(blocks.values())
+    return "; ".join(links), "\n\n".join(blocks.values())
 
 
 # The page
@@ -132,7 +139,7 @@ def erratum(row):
 
 def equation(row):
     """The equation with its number and its places, and the code."""
-    places, starts = row["where"].split(), [start for start in row["lines"].split("; ") if start]
+    places, starts = row["where"].split(), tuple(filter(None, row["lines"].split("; ")))
     where, code = functions(places, starts)
     said = ["Definition"] if row["kind"] == "definition" else []
     if where:
