@@ -10,7 +10,6 @@ statement; or, where equations.tsv names some, separated by "; ", the lines that
 import ast
 import csv
 import functools
-import itertools
 import os
 import pathlib
 import re
@@ -81,9 +80,15 @@ def shown(path, name, starts):
 
 
 def excerpt(path, numbers):
-    """The text of these lines. Those that do not follow one another are each moved to the left."""
-    runs = itertools.groupby(enumerate(numbers), lambda pair: pair[1] - pair[0])
-    runs = ([source(path)[n - 1] for _, n in run] for _, run in runs)
+    """The text of these lines. Only a line that is further in than the one above it keeps that."""
+    runs = []
+    for n in numbers:
+        line = source(path)[n - 1]
+        inside = runs and n - 1 in numbers and line.startswith(indent)
+        if not inside:
+            runs.append([])
+            indent = re.match(" *", line)[0]
+        runs[-1].append(line)
     return "\n".join(textwrap.dedent("\n".join(run)) for run in runs)
 
 
@@ -142,10 +147,12 @@ def equation(row):
     places, starts = row["where"].split(), tuple(filter(None, row["lines"].split("; ")))
     where, code = functions(places, starts)
     said = ["Definition"] if row["kind"] == "definition" else []
-    if where:
-        said.append(f"Implemented by {where}" if row["kind"] == "implemented" else f"See {where}")
+    if row["kind"] == "implemented":
+        said.append(f"Implemented by {where}")
     if tests(places):
         said.append(f"Verified by {tests(places)}")
+    if where and row["kind"] != "implemented":
+        said.append(f"See {where}")
     text = f"**eq. {row['n']}.** {'. '.join(said)}.\n\n```math\n{row['latex']}\n```\n"
     return text + f"\n```python\n{code}\n```\n" * bool(code)
 
