@@ -60,7 +60,7 @@ def pytest_runtest_makereport(item, call):
         return
     used = set(re.findall(r"\w+", inspect.getsource(item.function))) - {"train"}
     rows = []
-    for section, n, _, where in (line.split("\t") for line in TABLE[1:]):
+    for section, n, _, where, *_ in (line.split("\t") for line in TABLE[1:]):
         names = {place.split(":")[-1] for place in where.split()}
         if names & used:
             rows.append(f"[{section}, eq. {n}] {where}")

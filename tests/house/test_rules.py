@@ -1,7 +1,6 @@
 """The house rules: what holds in every script, read off the sources and by running them alone."""
 
 import ast
-import csv
 import difflib
 import io
 import re
@@ -10,12 +9,11 @@ import tokenize
 import tomllib
 
 import pytest
-from conftest import ROOT, SCRIPTS, SOURCES, TABLE
-from lookup import readme
+from conftest import ROOT, SCRIPTS, SOURCES
+from equations import PAGE, page, sections, table
 
 SECTIONS = ["Equations", "Networks", "Buffer", "Training", "Plumbing"]
-HEADINGS = set((ROOT / "tests/sections.txt").read_text(encoding="utf-8").splitlines())
-HEADINGS |= {line.split("\t")[0] for line in TABLE}  # where two headings are the same: "A / B"
+HEADINGS = {name.split(" / ")[-1] for _, name in sections()} | {name for _, name in sections()}
 
 # Rule 1: the names that may differ in text between scripts, and why.
 OWN = {
@@ -154,9 +152,16 @@ def citations(text):
     return [(section, number) for section, number in found if number or section in HEADINGS]
 
 
-def equation_table():
-    with open(ROOT / "tests/equations.tsv", encoding="utf-8") as file:
-        return list(csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE))
+def page_blocks():
+    """What stands on the page at each equation: (section, n) -> text."""
+    found, section = {}, ""
+    text = PAGE.read_text(encoding="utf-8")
+    for block in re.split(r"^(?=#+ .*\n\n|\*\*eq\. \d+\.\*\*)", text, flags=re.M):
+        if number := re.match(r"\*\*eq\. (\d+)\.", block):
+            found[section, number[1]] = block
+        else:
+            section = block.partition("\n")[0].lstrip("#").strip()
+    return found
 
 
 def without(text, names):
@@ -235,14 +240,14 @@ def test_steps_of_the_docstring_are_in_train(name):
 
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_equation_functions_cite_the_document(name):
-    table = {(row["section"], row["n"]): row for row in equation_table()}
+    rows = {(row["section"], row["n"]): row for row in table("equations.tsv")}
     for function, doc in equation_functions(name).items():
         cited = citations(doc)
         assert cited, f"{function} cites no section"
         for section, number in cited:
             assert section in HEADINGS, f"{function}: no section {section!r}"
             if number:
-                row = table[section, number]
+                row = rows[section, number]
                 assert f"{name}.py:{function}" in row["where"].split(), f"not in the table: {row}"
     quoted = re.findall(r'"([^"]+)"', ast.get_docstring(ast.parse(SOURCES[name])).split("\n\n")[1])
     assert quoted, "the docstring says where in the derivations it stands"
@@ -251,7 +256,7 @@ def test_equation_functions_cite_the_document(name):
 
 
 def test_equation_table():
-    rows = equation_table()
+    rows = table("equations.tsv")
     assert len(rows) == len({(row["section"], row["n"]) for row in rows}) == 194
     for row in rows:
         assert row["kind"] in ("implemented", "verified", "definition") and row["where"], row
@@ -268,9 +273,50 @@ def test_equation_table():
                 assert (row["section"], row["n"]) in citations(doc), f"{where} does not cite {row}"
 
 
-def test_the_look_up_is_that_of_the_table():
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert text == readme(), "README.md is out of date: python tests/lookup.py"
+def test_the_lines_to_show_are_there():
+    for row in table("equations.tsv"):
+        text = page_blocks()[row["section"], row["n"]]
+        for start in filter(None, row["lines"].split("; ")):
+            assert re.search(rf"^ *{re.escape(start)}", text, re.M), f"no line {start!r}: {row}"
+
+
+def test_the_page_of_the_equations():
+    text = PAGE.read_text(encoding="utf-8")
+    assert text == page(), f"{PAGE} is out of date: python tests/equations.py"
+    blocks = page_blocks()
+    assert blocks.keys() == {(row["section"], row["n"]) for row in table("equations.tsv")}
+    for block in blocks.values():
+        assert block.count("```math\n") == 1
+
+
+def test_the_links_of_the_page():
+    """To the line of the function or test that is named, in train to a line that is shown."""
+    text, links = PAGE.read_text(encoding="utf-8"), 0
+    for name, files in re.findall(r"`(\w+)` in ((?:(?:, )?\[[^]]+\]\([^)]+\))+)", text):
+        for path, number in re.findall(r"\(([^)#]+)#L(\d+)\)", files):
+            line = (PAGE.parent / path).read_text(encoding="utf-8").splitlines()[int(number) - 1]
+            defined = re.match(rf"(def|class) {name}\b", line)
+            assert defined or name == "train" and line.strip() in text, f"{path}, {number}: {line}"
+            links += 1
+    anchors = re.findall(r"\]\(#([^)]+)\)", text)
+    headings = [line.lstrip("#") for line in text.splitlines() if re.match(r"#+ [^#]", line)]
+    slugs = [re.sub(r"[^\w -]", "", heading.strip().lower()) for heading in headings]
+    assert set(anchors) <= {slug.replace(" ", "-") for slug in slugs}
+    assert len(set(anchors)) == len(anchors) and text.count("](") == links + len(anchors)
+
+
+def test_every_erratum_names_a_section_and_a_test():
+    numbers = {(row["section"], row["n"]) for row in table("equations.tsv")}
+    names, text = {name for _, name in sections()}, PAGE.read_text(encoding="utf-8")
+    for row in table("errata.tsv"):
+        place = row["section"], row["n"]
+        assert place in numbers or place[0] in names | {""} and not place[1], f"no {place}"
+        assert row["printed"] and row["holds"] and row["test"], row
+        assert text.count(row["holds"]), row
+        for where in row["test"].split():
+            path, _, name = where.partition("::")
+            assert f"\ndef {name}(" in (ROOT / path).read_text(encoding="utf-8"), where
+    assert text.count("> **Erratum.**") == len(table("errata.tsv"))
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
