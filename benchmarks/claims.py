@@ -41,6 +41,9 @@ from runner import (
 RESULTS = HERE / "results/claims.csv"
 SEEDS = range(401, 409)
 CLAIMS = tomllib.loads((HERE / "claims.toml").read_text(encoding="utf-8"))["claim"]
+RETURN, EVALUATION, SPEED = "charts/episodic_return", "charts/eval_return", "charts/SPS"
+VALUES = ["losses/start_value", "losses/start_return"]
+POINTS = 40  # of a curve that is kept
 PREDICTION = re.compile(
     r"(?P<what>.+?) on (?P<task>\S+): (?P<more>.+) > (?P<less>.+) by (?P<by>\S+)"
 )
@@ -56,7 +59,7 @@ def logged(line, tag):
 
 
 def final(lines):
-    """The greedy return at the end, 50 episodes."""
+    """The greedy return at the end, of 50 episodes."""
     return [float(line["final"]) for line in lines]
 
 
@@ -78,35 +81,47 @@ def fall(lines):
     return [y.max() - y[-1] for _, y in (logged(line, RETURN) for line in lines)]
 
 
+def first_at(bar, line, tag):
+    """The first step at which a scalar is at the bar; the last of all steps if it never is."""
+    steps, values = logged(line, tag)
+    there = np.flatnonzero(values >= bar)
+    return steps[there[0]] if len(there) else float(line["env_steps"])
+
+
 def steps_to(bar, lines):
-    """Steps until the return of the last 100 episodes is at the bar; all steps if it never is."""
-    out = []
-    for line in lines:
-        x, y = logged(line, RETURN)
-        there = np.flatnonzero(y >= bar)
-        out.append(x[there[0]] if len(there) else int(line["env_steps"]))
-    return out
+    """Steps until an evaluation is at the bar; all steps if none is."""
+    return [first_at(bar, line, EVALUATION) for line in lines]
 
 
 def seconds_to(bar, lines):
-    """The same on the clock."""
+    """Seconds until the return of the last 100 episodes is at the bar, start aside."""
     out = []
-    for line, steps in zip(lines, steps_to(bar, lines), strict=True):
-        x, per_second = logged(line, "charts/SPS")
-        out.append(steps / np.interp(steps, x, per_second))
+    for line in lines:
+        steps = first_at(bar, line, RETURN)
+        out.append(steps / np.interp(steps, *logged(line, SPEED)))
     return out
 
 
-def bias(lines, part=slice(-10, None)):
+def pace(lines):
+    """Seconds per 1,000 steps, start and evaluations included."""
+    return [1000 * float(line["seconds"]) / int(line["env_steps"]) for line in lines]
+
+
+def part(line, tag, begin, end):
+    """The mean of a scalar over a part of training."""
+    steps, values = logged(line, tag)
+    inside = (steps > begin * steps[-1]) & (steps <= end * steps[-1])
+    return values[inside].mean()
+
+
+def bias(lines, begin=0.75, end=1.0):
     """Value less return at the start of an episode, in the last quarter of training."""
-    value = [logged(line, "losses/start_value")[1] for line in lines]
-    true = [logged(line, "losses/start_return")[1] for line in lines]
-    return [np.mean(v[part] - t[part]) for v, t in zip(value, true, strict=True)]
+    return [part(x, VALUES[0], begin, end) - part(x, VALUES[1], begin, end) for x in lines]
 
 
-def early_bias(lines):
-    """The same in the second quarter of training."""
-    return bias(lines, slice(10, 20))
+def growth(lines):
+    """How much the bias has grown since the second quarter of training."""
+    return np.subtract(bias(lines), bias(lines, 0.25, 0.5))
 
 
 def changed(lines):
@@ -116,7 +131,7 @@ def changed(lines):
 
 def last(tag, lines):
     """A scalar in the last quarter of training."""
-    return [logged(line, tag)[1][-10:].mean() for line in lines]
+    return [part(line, tag, 0.75, 1.0) for line in lines]
 
 
 def log10_last(tag, lines):
@@ -124,26 +139,32 @@ def log10_last(tag, lines):
     return np.log10(np.maximum(last(tag, lines), 1e-12))
 
 
-RETURN, POINTS = "charts/episodic_return", 40
-TAGS = {
-    "seconds to": ["charts/SPS"],
-    "bias": ["losses/start_value", "losses/start_return"],
-    "early bias": ["losses/start_value", "losses/start_return"],
+STATISTICS = {  # name -> function of the runs of a setting, scalars that it needs
+    "final": (final, []),
+    "spread": (spread, []),
+    "area": (area, []),
+    "fall": (fall, []),
+    "bias": (bias, VALUES),
+    "growth": (growth, VALUES),
+    "changed": (changed, []),
+    "seconds per 1000 steps": (pace, []),
+}
+WITH_ARGUMENT = {
+    "steps to": (steps_to, float, [EVALUATION]),
+    "seconds to": (seconds_to, float, [SPEED]),
+    "last": (last, "losses/{}".format, []),
+    "log10 of last": (log10_last, "losses/{}".format, []),
 }
 
 
 def statistic(name):
-    """The function of the lines of a setting, and the tags it needs."""
+    """The function of the runs of a setting, and the scalars that it needs."""
+    if name in STATISTICS:
+        return STATISTICS[name]
     first, _, rest = name.rpartition(" ")
-    if first in ("steps to", "seconds to"):
-        function = {"steps to": steps_to, "seconds to": seconds_to}[first]
-        return functools.partial(function, float(rest)), TAGS.get(first, [])
-    if first in ("last", "log10 of last"):
-        function = {"last": last, "log10 of last": log10_last}[first]
-        return functools.partial(function, f"losses/{rest}"), [f"losses/{rest}"]
-    named = {"final": final, "spread": spread, "area": area, "fall": fall, "changed": changed}
-    named |= {"bias": bias, "early bias": early_bias}
-    return named[name], TAGS.get(name, [])
+    function, convert, tags = WITH_ARGUMENT[first]
+    argument = convert(rest)
+    return functools.partial(function, argument), tags or [argument]
 
 
 # Runs ---------------------------------------------------------------------------------------------
@@ -155,9 +176,11 @@ def predictions(claim):
 
 
 def line_of(claim, setting, task):
-    """The command line of a setting on a task: script and options."""
+    """The command line of a setting on a task: script and options, 50 episodes at the end."""
     script, _, options = claim["settings"][setting].partition(" ")
-    return " ".join(f"{script} {claim['tasks'][task]} {options}".split())
+    given = f"{claim['tasks'][task]} {options}"
+    given += "" if "--eval-episodes" in given else " --eval-episodes 50"
+    return " ".join(f"{script} {given}".split())
 
 
 def pairs(claim):
@@ -178,15 +201,14 @@ def needed():
     """Of every command line: the tags to keep, what to change afterwards, whether it runs alone."""
     out = {}
     for claim in CLAIMS:
-        tags = {tag for p in predictions(claim) for tag in statistic(p["what"])[1]}
-        clock = any("seconds" in p["what"] for p in predictions(claim))
-        for pair in pairs(claim):
+        for setting, task in pairs(claim):
+            asked = [p["what"] for p in predictions(claim) if p["task"] == task]
             entry = out.setdefault(
-                line_of(claim, *pair), {"tags": set(), "change": "", "alone": False}
+                line_of(claim, setting, task), {"tags": set(), "change": "", "alone": False}
             )
-            entry["tags"] |= tags
+            entry["tags"] |= {tag for what in asked for tag in statistic(what)[1]}
             entry["change"] = claim.get("change", entry["change"])
-            entry["alone"] |= clock
+            entry["alone"] |= any(what.startswith("seconds") for what in asked)
     return out
 
 
@@ -202,11 +224,11 @@ def fits(line, need):
 def run(command, seed, need, stands_on):
     """One run, appended to the table."""
     script, _, options = command.partition(" ")
-    folder = ROOT / f"runs/claims/{abs(hash(command))}__{seed}"
+    folder = ROOT / f"runs/claims/{sha(script, options)}__{seed}"
     for old in folder.glob("*"):
         old.unlink()
     began = time.time()
-    result = execute(script, f"{options} --seed {seed} --eval-episodes 50", folder)
+    result = execute(script, f"{options} --seed {seed}", folder)
     kept = {tag: curve(*scalars(folder, tag), POINTS) for tag in (RETURN, *sorted(need["tags"]))}
     line = {"run": command, "seed": seed, "final": result["eval_return_mean"], "changed": ""}
     if need["change"]:
@@ -262,11 +284,11 @@ def difference(a, b):
     return gap, gap - half, gap + half
 
 
-def judge(prediction, lines):
+def judge(prediction, lines, settings):
     """Difference, interval and whether the prediction holds, fails or is open; None if not run."""
     sides = []
     for name in prediction["more"], prediction["less"]:
-        if re.fullmatch(r"-?[\d.]+", name):
+        if name not in settings:
             sides.append([float(name)])
         elif (name, prediction["task"]) not in lines:
             return None
@@ -300,7 +322,7 @@ def section(number, claim, table, need):
     """The text of a claim, and its verdict."""
     lines = lines_of(claim, table, need)
     asked = predictions(claim)
-    judged = [judge(p, lines) for p in asked]
+    judged = [judge(p, lines, claim["settings"]) for p in asked]
     said = verdict(claim, judged)
     text = [
         f"### {number}. {claim['claim']}",

@@ -103,3 +103,30 @@ def glance(results, score):
     figure.tight_layout(rect=(0, 0, 1, 1 - 0.35 / height))
     figure.savefig(HERE / "plots/overview.png", dpi=100)
     plt.close(figure)
+
+
+def claim(name, values):
+    """One panel a statistic and task: every seed, the mean over seeds, and its 95% interval."""
+    columns = min(4, len(values))
+    height = -(-len(values) // columns)
+    size = (2.7 * columns + 0.2, 2.1 * height)
+    figure, grid = plt.subplots(height, columns, figsize=size, squeeze=False)
+    for axes in grid.flat[len(values) :]:
+        axes.set_visible(False)
+    for ((what, task), settings), axes in zip(values.items(), grid.flat, strict=False):
+        for y, (setting, found) in enumerate(settings.items()):
+            low, high = interval(found)
+            axes.plot(found, np.full(len(found), y) + 0.18, ".", color="0.6", markersize=4)
+            axes.plot([low, high], [y - 0.12, y - 0.12], color="tab:blue", linewidth=2)
+            axes.plot(np.mean(found), y - 0.12, "o", color="tab:blue", markersize=4)
+        axes.set_yticks(range(len(settings)), settings, fontsize=8)
+        axes.set_ylim(len(settings) - 0.5, -0.5)
+        axes.tick_params(axis="x", labelsize=8)
+        axes.locator_params(axis="x", nbins=4)
+        if axes.get_xlim()[1] >= 10_000:
+            axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+        axes.set_title(f"{what}, {task}", fontsize=9)
+    figure.tight_layout()
+    (HERE / "plots/claims").mkdir(exist_ok=True)
+    figure.savefig(HERE / f"plots/claims/{name}.png", dpi=80)
+    plt.close(figure)
