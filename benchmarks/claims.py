@@ -368,9 +368,12 @@ def report():
     """claims.md and a picture a claim."""
     import plots
 
-    table, need = read(RESULTS), needed()
+    table, need, rows = read(RESULTS), needed(), []
     for claim in CLAIMS:
         lines = lines_of(claim, table, need)
+        judged = [judge(p, lines, claim["settings"]) for p in predictions(claim)]
+        if all(judged):
+            rows.append((claim["claim"], [result[3] for result in judged]))
         if lines:
             asked = list(dict.fromkeys((p["what"], p["task"]) for p in predictions(claim)))
             values = {
@@ -382,6 +385,8 @@ def report():
                 for what, task in asked
             }
             plots.claim(claim["name"], values)
+    if rows:
+        plots.claims(rows)
     for place in texts():
         write_between(*place)
 

@@ -130,3 +130,25 @@ def claim(name, values):
     (HERE / "plots/claims").mkdir(exist_ok=True)
     figure.savefig(HERE / f"plots/claims/{name}.png", dpi=80)
     plt.close(figure)
+
+
+def claims(rows):
+    """All claims at a glance: (claim, verdicts of its predictions), a square for each prediction."""
+    colors = dict(holds="tab:green", open="0.8", fails="tab:red")
+    half = (len(rows) + 1) // 2
+    figure, grid = plt.subplots(1, 2, figsize=(13, 0.21 * half + 0.5))
+    for part, axes in zip((rows[:half], rows[half:]), grid, strict=True):
+        for y, (sentence, verdicts) in enumerate(part):
+            axes.text(-0.8, y, sentence, ha="right", va="center", fontsize=8)
+            for x, verdict in enumerate(verdicts):
+                axes.plot(x, y, "s", color=colors[verdict], markersize=8)
+        axes.set(xlim=(-0.6, 8), ylim=(half - 0.5, -0.5))
+        axes.axis("off")
+    marks = [
+        plt.Line2D([], [], marker="s", linestyle="", color=color, label=name)
+        for name, color in colors.items()
+    ]
+    figure.legend(handles=marks, title="predictions", loc="upper right", frameon=False, fontsize=8)
+    figure.subplots_adjust(left=0.4, right=0.99, top=0.99, bottom=0.01, wspace=3)
+    figure.savefig(HERE / "plots/claims.png", dpi=80)
+    plt.close(figure)

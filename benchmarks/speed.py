@@ -290,10 +290,6 @@ def main():
                 table.append(f"| {' | '.join([name, *measured[name], *goal])} |")
         lines += [*table, ""] if len(table) > 2 else []
     write_between(HERE / "README.md", "speed", lines[:-1])
-    short = ["| | steps/s | stable-baselines3, or pycma | ratio |", "|---|---|---|---|"]
-    beside = [row["name"] for row in rows["row"] if "peer" in row and row["name"] in measured]
-    short += [f"| {' | '.join([name, *measured[name]])} |" for name in beside]
-    write_between(ROOT / "README.md", "speed", short)
 
 
 if __name__ == "__main__":

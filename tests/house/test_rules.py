@@ -223,6 +223,23 @@ def test_lineage(name):
         assert max(changed.count("+"), changed.count("-")) <= most
 
 
+def test_readme_is_short_and_counts_lines_as_they_are():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert len(text.encode()) <= 9 * 1024
+    code = {
+        name: [SOURCES[name].splitlines()[n - 1].strip() for n in sorted(code_lines(SOURCES[name]))]
+        for name in SCRIPTS
+    }
+    sizes = re.findall(r"^\| \[(\w+)\]\(\w+\.py\) .* \| (\d+) \|$", text, re.M)
+    assert dict(sizes) == {name: str(len(lines)) for name, lines in code.items()}
+    parents = {"double_dqn": "dqn", "ddpg": "dqn", "td3": "ddpg", "sac": "td3", "a2c": "reinforce"}
+    parents |= {"a3c": "a2c", "ppo": "a2c", "awr": "ppo", "cmaes": "cem", "nes": "cem"}
+    for name, parent in parents.items():
+        matcher = difflib.SequenceMatcher(None, code[parent], code[name], autojunk=False)
+        new = len(code[name]) - sum(block.size for block in matcher.get_matching_blocks())
+        assert re.search(rf"[─┬└] {name} {new}\b", text), f"{name} has {new} lines that {parent} has not"
+
+
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_sections_in_order(name):
     order, _ = section_of_lines(name)
