@@ -68,9 +68,9 @@ def glance(results, score):
     scripts = [result["row"]["script"] for result in results]
     while half < len(results) and scripts[half] == scripts[half - 1]:
         half += 1  # a script's rows stay together
-    parts = results[:half], results[half:]
+    parts = [part for part in (results[:half], results[half:]) if part]
     height = 0.21 * max(map(len, parts)) + 1.1
-    figure, grid = plt.subplots(1, len(parts), figsize=(12, height), squeeze=False)
+    figure, grid = plt.subplots(1, len(parts), figsize=(6 * len(parts), height), squeeze=False)
     for part, axes in zip(parts, grid.flat, strict=True):
         for y, result in enumerate(part):
             row, values = result["row"], result["values"]

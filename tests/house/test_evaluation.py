@@ -6,7 +6,7 @@ import envs
 import gymnasium as gym
 import numpy as np
 import pytest
-from conftest import SCRIPTS, SOURCES, command, module
+from conftest import ROOT, SCRIPTS, SOURCES, command, module
 from runs import env_id, every_script, flags, load, logged, refused, train
 
 
@@ -103,3 +103,13 @@ def test_an_environment_that_cannot_be_drawn_is_refused_before_training(name, tm
     options = ["--env-id", env_id(name), "--capture-video", "--run-dir", tmp_path]
     refused(command(name, *options, *flags(name)), env_id(name))
     assert envs.Tiny.steps == before
+
+
+@every_script
+def test_every_scalar_is_explained(name, tmp_path):
+    """In the table of benchmarks/README.md, which names no other for this script."""
+    train(name, tmp_path, eval_every=200)
+    text = (ROOT / "benchmarks/README.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| ((?:charts|losses)/\w+) \| (.*?) \|", text, re.M)
+    named = {tag for tag, scripts in rows if scripts == "all" or name in scripts.split(", ")}
+    assert set(logged(tmp_path)) - {"steps"} == named
