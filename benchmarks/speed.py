@@ -1,19 +1,20 @@
 """Steps per second and time to a return, beside stable-baselines3 or pycma with the same settings.
 
-    python benchmarks/speed.py                  every row of speed.toml
-    python benchmarks/speed.py --only dqn       those whose name contains dqn
+    python benchmarks/speed.py                  rows of speed.toml that are missing or stale
+    python benchmarks/speed.py --only dqn       those of them whose name contains dqn
+    python benchmarks/speed.py --report         the tables of README.md; measures nothing
 
 The two sides take turns, A B A B ..., each in a process of its own, so that a machine whose speed
 drifts treats both alike. Steps per second are those of the training loop, logging to TensorBoard on
 both sides, without evaluation or checkpoints: of ours the last charts/SPS, of theirs learn(). A
 cold start is everything, from the start of the process to the end of the evaluation. Run nothing
-beside it. Each row goes to results/speed.json as it is measured, and from there into README.md.
+beside it. Each row goes to results/speed.json as it is measured, with a hash of the script and the
+row; it is measured once, and again only after one of these has changed.
 """
 
 import argparse
 import json
 import os
-import pathlib
 import shlex
 import subprocess
 import sys
@@ -23,10 +24,8 @@ import tomllib
 from types import SimpleNamespace
 
 import numpy as np
-from runner import scalars, write_between
+from runner import HERE, ROOT, scalars, sha, write_between
 
-HERE = pathlib.Path(__file__).resolve().parent
-ROOT = HERE.parent
 RESULTS = HERE / "results/speed.json"
 
 
@@ -62,11 +61,15 @@ import stable_baselines3, torch
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.evaluation import evaluate_policy
 torch.set_num_threads(settings.pop("threads"))
-steps, episodes = settings.pop("steps"), settings.pop("episodes")
-env = make_vec_env(settings.pop("env"), settings.pop("n_envs", 1), seed=1)
+steps, episodes, seed = settings.pop("steps"), settings.pop("episodes"), settings.pop("seed")
+env = make_vec_env(settings.pop("env"), settings.pop("n_envs", 1), seed=seed)
 algorithm = getattr(stable_baselines3, settings.pop("algorithm"))
+if "noise_std" in settings:
+    from stable_baselines3.common.noise import NormalActionNoise
+    zeros = 0 * env.action_space.high
+    settings["action_noise"] = NormalActionNoise(zeros, zeros + settings.pop("noise_std"))
 with tempfile.TemporaryDirectory() as logs:
-    model = algorithm("MlpPolicy", env, device="cpu", tensorboard_log=logs, seed=1, **settings)
+    model = algorithm("MlpPolicy", env, device="cpu", tensorboard_log=logs, seed=seed, **settings)
     start = time.time()
     model.learn(steps)
     seconds = time.time() - start
@@ -102,7 +105,7 @@ print(json.dumps([steps / (time.time() - start), 0]))
 """
 
 
-def peer(row, threads, steps, episodes=0):
+def peer(row, threads, steps, episodes=0, seed=1):
     """One run of the peer: steps per second, return, seconds from start to end, megabytes."""
     settings = {"env": row["env"], "steps": steps, "threads": threads, **row["peer"]}
     line = [
@@ -111,7 +114,7 @@ def peer(row, threads, steps, episodes=0):
         "ignore",
         "-c",
         PYCMA if "population" in row["peer"] else PEER,
-        json.dumps({**settings, "episodes": episodes}),
+        json.dumps({**settings, "episodes": episodes, "seed": seed}),
     ]
     start = time.time()
     done = subprocess.Popen(line, stdout=subprocess.PIPE, text=True)
@@ -224,24 +227,51 @@ def buffer_row(row, _):
     return [f"{a:,.0f}", f"{b:,.0f}", f"{a / b:.2f}"]
 
 
-def cold_row(row, repeats):
+COLD_SEEDS = range(321, 331)
+
+
+def cold_row(row, _):
     a, b, returns, theirs = [], [], [], []
-    for seed in range(1, 11):
-        run = ours(row, row.get("threads", 1), f"--seed {seed}")
+    threads = row.get("threads", 1)
+    for seed in COLD_SEEDS:
+        run = ours(row, threads, f"--seed {seed}")
         a.append(run.seconds)
         returns.append(float(run.result["eval_return_mean"]))
-        if seed <= repeats and "peer" in row:
+        if "peer" in row:
             settings = {name: value for name, value in row["peer"].items() if name != "steps"}
-            _, mean, seconds, _ = peer({**row, "peer": settings}, 1, row["peer"]["steps"], 20)
+            asked = {**row, "peer": settings}
+            _, mean, seconds, _ = peer(asked, threads, row["peer"]["steps"], 20, seed)
             b.append(seconds)
             theirs.append(mean)
     print(f"  {row['name']}: returns {returns} and the peer's {theirs}")
-    reached = sum(mean >= row["threshold"] for mean in returns)
-    cells = [spread(a, "{:.1f}"), f"{min(returns):.0f}", f"{reached} of 10 at {row['threshold']}"]
+
+    def solved(means):
+        return f"{sum(mean >= row['threshold'] for mean in means)} of {len(means)}"
+
+    cells = [spread(a, "{:.1f}"), f"{min(returns):.0f}", solved(returns)]
     if not b:
-        return [*cells, "", "", ""]
-    ratio = spread(np.divide(b, a[: len(b)]), "{:.1f}")
-    return [*cells, spread(b, "{:.0f}"), f"{min(theirs):.0f}", ratio]
+        return [*cells, "", "", "", ""]
+    ratio = spread(np.divide(b, a), "{:.1f}")
+    return [*cells, spread(b, "{:.0f}"), f"{min(theirs):.0f}", solved(theirs), ratio]
+
+
+def missed(row, cells):
+    """Whether the median in a column falls short of the row's goal; goals are by column number."""
+    for column, goal in row.get("at_least", {}).items():
+        if float(cells[int(column)].split(" ")[0].replace(",", "")) < goal:
+            return True
+    for column, goal in row.get("at_most", {}).items():
+        if float(cells[int(column)].split(" ")[0].replace(",", "")) > goal:
+            return True
+    return False
+
+
+def row_sha(row):
+    """Hash of what decides a row: the script, its options and the rest of the row but its goal."""
+    kept = {
+        name: value for name, value in row.items() if name not in ("goal", "at_least", "at_most")
+    }
+    return sha(row["script"], f"{row.get('options', '')} {sorted(kept.items())}")
 
 
 TABLES = {  # of speed.toml: what measures a row, what it is, and the columns
@@ -255,7 +285,7 @@ TABLES = {  # of speed.toml: what measures a row, what it is, and the columns
     "cold": (
         cold_row,
         "",
-        "seconds from a cold start | least return | seeds | sb3 | least return | ratio | goal",
+        "seconds from a cold start | least return | solved | sb3 | least return | solved | ratio | goal",
     ),
     "buffer": (buffer_row, "", "MB | of the numbers alone | ratio | goal"),
     "memory": (memory_row, "peak memory", "MB | sb3 | ratio"),
@@ -269,27 +299,49 @@ TABLES = {  # of speed.toml: what measures a row, what it is, and the columns
 }
 
 
+def table(kind, rows, measured):
+    """The table of a kind of row, as lines; empty if nothing of it was measured."""
+    _, title, columns = TABLES[kind]
+    lines = [f"| {title} | {columns} |", "|---" * (columns.count("|") + 2) + "|"]
+    for row in rows:
+        found = measured.get(row["name"])
+        if found:
+            goal = (
+                [row["goal"] + ": **missed**" * missed(row, found["cells"])]
+                if "goal" in row
+                else []
+            )
+            stale = "" if found["sha"] == row_sha(row) else " (stale)"
+            lines.append(f"| {' | '.join([row['name'] + stale, *found['cells'], *goal])} |")
+    return [*lines, ""] if len(lines) > 2 else []
+
+
+def texts():
+    """What README.md says between its markers."""
+    rows = tomllib.loads((HERE / "speed.toml").read_text(encoding="utf-8"))
+    measured = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else {}
+    lines = [line for kind in TABLES for line in table(kind, rows[kind], measured)]
+    return HERE / "README.md", "speed", lines[:-1]
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", default="", help="rows whose name contains this")
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--report", action="store_true", help="write the tables; measure nothing")
     arguments = parser.parse_args()
     rows = tomllib.loads((HERE / "speed.toml").read_text(encoding="utf-8"))
     measured = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else {}
-    lines = []
-    for kind, (measure, title, columns) in TABLES.items():
-        table = [f"| {title} | {columns} |", "|---" * (columns.count("|") + 2) + "|"]
+    for kind, (measure, *_) in TABLES.items():
         for row in rows[kind]:
             name = row["name"]
-            if arguments.only in name and (ROOT / f"{row['script']}.py").exists():
-                measured[name] = measure(row, arguments.repeats)
-                print(name, *measured[name], row.get("goal", ""), sep=" | ", flush=True)
-                RESULTS.write_text(json.dumps(measured, indent=1) + "\n", encoding="utf-8")
-            if name in measured:
-                goal = [row["goal"]] if "goal" in row else []
-                table.append(f"| {' | '.join([name, *measured[name], *goal])} |")
-        lines += [*table, ""] if len(table) > 2 else []
-    write_between(HERE / "README.md", "speed", lines[:-1])
+            done = name in measured and measured[name]["sha"] == row_sha(row)
+            if arguments.report or done or arguments.only not in name:
+                continue
+            measured[name] = {"cells": measure(row, arguments.repeats), "sha": row_sha(row)}
+            print(name, *measured[name]["cells"], sep=" | ", flush=True)
+            RESULTS.write_text(json.dumps(measured, indent=1) + "\n", encoding="utf-8")
+    write_between(*texts())
 
 
 if __name__ == "__main__":
