@@ -410,7 +410,7 @@ def make_env(args, video=""):
 
     With --capture-video it records its episodes to the folder video, if one is given.
     """
-    mistakes = gym.error.Error, ModuleNotFoundError, TypeError, ValueError
+    mistakes = gym.error.Error, AssertionError, ModuleNotFoundError, TypeError, ValueError
     atari = args.env_id.startswith("ALE/")
     render = {"render_mode": "rgb_array"} if args.capture_video else {}
     try:
@@ -427,7 +427,7 @@ def make_env(args, video=""):
     image = re.search(r"\(\d+, \d+, \d+\), (uint8|bool)\)", str(space))  # is or holds one
     known = IMAGES and isinstance(space, gym.spaces.Box) if image else space.is_np_flattenable
     if not known or not isinstance(env.action_space, ACTION_SPACES):
-        raise Refusal(f"{SCRIPT}.py cannot learn {args.env_id}, {space} to {env.action_space}")
+        raise Refusal(f"cannot learn {args.env_id}: actions {env.action_space} from {space}")
     env = env if image else gym.wrappers.FlattenObservation(env)
     return gym.wrappers.RecordVideo(env, video, lambda _: True) if render and video else env
 
@@ -535,9 +535,9 @@ class Run(AbstractContextManager):
                     if any(ends):
                         break
         self.writer.add_scalar("charts/eval_return", returns.mean(), self.step)
-        took = self.bar.format_dict["elapsed"]
-        print(f"eval_return_mean={returns.mean():.2f} eval_return_std={returns.std():.2f}", end=" ")
-        print(f"eval_episodes={len(returns)} env_steps={self.step} wall_seconds={took:.1f}")
+        spent = f"env_steps={self.step} wall_seconds={self.bar.format_dict['elapsed']:.1f}"
+        found = f"eval_return_mean={returns.mean():.2f} eval_return_std={returns.std():.2f}"
+        tqdm.write(f"{found} eval_episodes={len(returns)} {spent}")
         return returns
 
 

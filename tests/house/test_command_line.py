@@ -59,6 +59,7 @@ BAD = [
     (["--env-kwargs", "{nonsense"], ["{nonsense"]),
     (["--env-kwargs", "3"], ["mapping"]),
     (["--env-kwargs", '{"no_such": 1}'], ["no_such"]),
+    (["--env-kwargs", '{"gravity": 5}', "--env-id", "LunarLander-v3"], ["gravity"]),
     (["--total-timesteps", "0"], ["--total-timesteps 0"]),
     (["--total-timesteps", "-5"], ["--total-timesteps -5"]),
     (["--seed", "-1"], ["--seed -1"]),

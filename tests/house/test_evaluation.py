@@ -1,5 +1,6 @@
 """The evaluation of a run: its line, its episodes, its normaliser and its video."""
 
+import io
 import re
 
 import envs
@@ -103,6 +104,16 @@ def test_an_environment_that_cannot_be_drawn_is_refused_before_training(name, tm
     options = ["--env-id", env_id(name), "--capture-video", "--run-dir", tmp_path]
     refused(command(name, *options, *flags(name)), env_id(name))
     assert envs.Tiny.steps == before
+
+
+def test_on_a_terminal_the_last_line_stands_alone(tmp_path, monkeypatch):
+    """The progress bar, written to the same place, is wiped out before it."""
+    terminal = io.StringIO()
+    monkeypatch.setattr("sys.stdout", terminal)
+    monkeypatch.setattr("sys.stderr", terminal)
+    train("ppo", tmp_path)
+    before, line, _ = terminal.getvalue().partition("eval_return_mean")
+    assert line and before.endswith(("\r", "\n"))
 
 
 @every_script
