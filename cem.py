@@ -73,8 +73,8 @@ LIMITS = {"rho": (0, 1), "layers": (0, 2), "init_mean": (-1e18, 1e18)}  # least 
 @dataclasses.dataclass
 class Args:
     total_timesteps: int = 1_000_000  # environment steps in total; the last generation is finished
-    candidates: int = 64  # n, policies sampled in each generation (the candidates)
-    rho: float = 0.2  # ρ, share of the candidates kept as elites (the best): ⌊ρn⌋, at least one
+    candidates: int = 128  # n, policies sampled in each generation (the candidates)
+    rho: float = 0.1  # ρ, share of the candidates kept as elites (the best): ⌊ρn⌋, at least one
     episodes: int = 1  # L, episodes that each candidate plays
     init_mean: float = 0.0  # initial mean μ of every parameter; 0 in the document
     init_var: float = 100.0  # initial variance σ² of every parameter; 100 in the document

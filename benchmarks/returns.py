@@ -269,13 +269,13 @@ def mean_better(ours, theirs):
 
 
 def cost(row, table):
-    """Hours that a run of the row would take, from runs of the same script; as text."""
+    """Minutes that a run of the row would take, from runs of the same script; as text."""
     mine = [line for line in table if line["script"] == row["script"]]
     near = [line for line in mine if line["env"] == row["env"]] or mine
     if not near:
         return ""
     rate = np.median([float(line["seconds"]) / int(line["env_steps"]) for line in near])
-    return f"{row['steps'] * rate / 3600:.1f}"
+    return f"{max(1, row['steps'] * rate / 60):.0f}"
 
 
 def number(value):
@@ -284,32 +284,34 @@ def number(value):
 
 
 HEADS = (
-    "script | environment | steps | metric | reference | tolerance | ours | 95% | at the end | verdict "
+    "script | environment | verdict | reference | tolerance | ours | 95% | at the end | metric | steps "
     "| seeds | attempts | minutes | sb3 | P(ours better)"
 )
 
 
-def row_text(result, table):
-    """The line of a row in benchmarks/README.md."""
+def row_text(result):
+    """The line of a row that was run, in benchmarks/README.md."""
     row, values, lines = result["row"], result["values"], result["lines"]
-    cells = [row["script"], row["env"], f"{row['steps']:,}", row["metric"]]
-    cells += [f"{row['reference']:,}", f"{row['tolerance']:,}"]
-    verdict = "; ".join([result["verdict"], *row.get("options", "").splitlines()])
-    verdict += f"; {row['remark']}" if "remark" in row else ""
-    if not len(values):
-        about = cost(row, table)
-        if about and result["verdict"] == "not run":
-            verdict += f", about {about} h a run"
-        return f"| {' | '.join(cells)} | | | | {verdict} | | | | | |"
+    verdict = "; ".join(filter(None, [result["verdict"], row.get("options"), row.get("remark")]))
+    final = np.mean([float(line["final"]) for line in lines])
+    minutes = np.median([float(line["seconds"]) for line in lines]) / 60
+    cells = [row["script"], row["env"], verdict, f"{row['reference']:,}", f"{row['tolerance']:,}"]
     cells += [number(values.mean()), f"{number(result['low'])} to {number(result['high'])}"]
-    cells += [number(np.mean([float(line["final"]) for line in lines])), verdict]
-    cells += [f"{seeds(row)[0]} to {seeds(row)[-1]}", str(result["attempts"])]
-    cells += [f"{np.median([float(line['seconds']) for line in lines]) / 60:.1f}"]
+    cells += [number(final), row["metric"], f"{row['steps']:,}"]
+    cells += [f"{seeds(row)[0]} to {seeds(row)[-1]}", result["attempts"], f"{minutes:.1f}"]
     if len(result["peer"]):
         chance = better(values[: len(result["peer"])], result["peer"])
         cells += [number(result["peer"].mean()), f"{chance:.2f}"]
     else:
         cells += ["", ""]
+    return f"| {' | '.join(map(str, cells))} |"
+
+
+def open_text(result, table):
+    """The line of a row that is not run, or not on all its seeds."""
+    row = result["row"]
+    cells = row["script"], row["env"], f"{row['steps']:,}", f"{row['reference']:,}"
+    cells += f"{row['tolerance']:,}", result["verdict"], cost(row, table)
     return f"| {' | '.join(cells)} |"
 
 
@@ -345,11 +347,17 @@ def texts():
     """What the two README say between their markers: path, name of the markers, lines."""
     table = read(RESULTS)
     results = [judge(row, table) for row in TABLE["row"]]
+    whole = [result for result in results if len(result["values"])]
     lines = [f"| {HEADS} |", "|---" * len(HEADS.split("|")) + "|"]
-    lines += [row_text(result, table) for result in results]
+    lines += [row_text(result) for result in whole]
     for line in aggregates(results):
         lines += ["", line]
-    heads = "script | rows | reached | level | below | not run yet | without options of their own"
+    if len(whole) < len(results):
+        heads = "script | environment | steps | reference | tolerance | | minutes of a run, about"
+        lines += ["", f"The other {len(results) - len(whole)} rows:", ""]
+        lines += [f"| {heads} |", "|---" * len(heads.split("|")) + "|"]
+        lines += [open_text(result, table) for result in results if not len(result["values"])]
+    heads = "script | rows | reached | level | below | not run yet | with default options"
     short = [f"| {heads} |", "|---" * len(heads.split("|")) + "|"]
     scripts = dict.fromkeys(row["script"] for row in TABLE["row"])
     short += [summary(name, [r for r in results if r["row"]["script"] == name]) for name in scripts]
