@@ -1,6 +1,6 @@
 """Measure the claims of claims.toml, in the order of the document, and write claims.md.
 
-    python benchmarks/claims.py                    what is missing; goes on where it was
+    python benchmarks/claims.py                    runs that are missing; call it again to continue
     python benchmarks/claims.py --only twin        claims whose name contains twin
     python benchmarks/claims.py --alone            those about time on the clock, one run at a time
     python benchmarks/claims.py --report           claims.md and its pictures; runs nothing
@@ -28,13 +28,13 @@ from runner import (
     commit,
     curve,
     execute,
-    interval,
     machine,
     points,
     read,
     scalars,
     sha,
     side_by_side,
+    write,
     write_between,
 )
 
@@ -247,11 +247,12 @@ def run_missing(arguments):
     commands = {line_of(claim, *pair): None for claim in asked for pair in pairs(claim)}
     scripts = {f"{command.split()[0]}.py" for command in commands}
     stands_on = commit("benchmarks/claims.toml", *scripts)
-    table, need, jobs = read(RESULTS), needed(), []
+    need, jobs = needed(), []
+    table = [x for x in read(RESULTS) if x["run"] in need and fits(x, need[x["run"]])]
+    write(RESULTS, table)  # runs of another script or command leave
     for command in commands:
         if need[command]["alone"] == arguments.alone:
-            lines = [line for line in table if line["run"] == command]
-            done = {line["seed"] for line in lines if fits(line, need[command])}
+            done = {line["seed"] for line in table if line["run"] == command}
             jobs += [(command, s, need[command], stands_on) for s in SEEDS if str(s) not in done]
     print(f"{len(jobs)} runs to do", flush=True)
     side_by_side(run, jobs, 1 if arguments.alone else arguments.jobs)
@@ -366,7 +367,7 @@ def texts():
 
 def report():
     """claims.md and a picture a claim."""
-    import plots
+    import plots  # which needs matplotlib: before anything is written
 
     table, need, rows = read(RESULTS), needed(), []
     for claim in CLAIMS:

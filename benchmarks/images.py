@@ -72,7 +72,7 @@ def report():
     lines += ["|---|---|---|---|---|"]
     drawn = {}
     for row in TABLE["row"]:
-        name = row["env"].rpartition("/")[2]
+        name = row["env"].removeprefix("minatar_envs:").rpartition("-")[0]
         returns = ", ".join(f"{float(line['return_mean']):.1f}" for line in found(row))
         cells = name, row["script"], f"{row['steps']:,}", returns or "not run", row["published"]
         lines.append(f"| {' | '.join(cells)} |")

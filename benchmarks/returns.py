@@ -1,6 +1,6 @@
 """Run the rows of returns.toml and report which published returns are reached.
 
-    python benchmarks/returns.py                     standard rows, all that is missing
+    python benchmarks/returns.py                     standard rows that have no result yet
     python benchmarks/returns.py --script ppo        the rows of ppo.py
     python benchmarks/returns.py --tier full         the long rows that have seeds
     python benchmarks/returns.py --peer              stable-baselines3 on the first five of the seeds
@@ -50,7 +50,7 @@ VERDICTS = "reached", "level", "below"
 def rows(arguments):
     """The rows asked for, in the order of the file."""
     for row in TABLE["row"]:
-        asked = arguments.tier in (row["tier"], "all")
+        asked = arguments.tier in (row.get("tier", "standard"), "all")
         asked &= arguments.script in (None, row["script"]) and arguments.env in (None, row["env"])
         if asked:
             yield row
@@ -154,6 +154,8 @@ def run_missing(arguments):
     for row in rows(arguments):
         if arguments.peer and "peer" not in row:
             continue
+        if not seeds(row):
+            print(f"{' '.join(key(row))} has no seeds in returns.toml: it is not run")
         if stale(row, table, arguments.peer):
             print(
                 f"{' '.join(key(row, arguments.peer))} is stale: --confirm it, or give it a new block"
@@ -382,10 +384,10 @@ def summary(name, results):
 
 def report():
     """Tables and plots."""
+    import plots  # which needs matplotlib: before anything is written
+
     for place in texts():
         write_between(*place)
-    import plots
-
     table = read(RESULTS)
     results = [
         result for result in (judge(row, table) for row in TABLE["row"]) if len(result["values"])
