@@ -10,7 +10,7 @@ import tomllib
 
 import pytest
 from conftest import ROOT, SCRIPTS, SOURCES
-from equations import PAGE, page, sections, table
+from equations import PAGE, anchor, page, sections, table
 
 SECTIONS = ["Equations", "Networks", "Buffer", "Training", "Plumbing"]
 HEADINGS = {name.split(" / ")[-1] for _, name in sections()} | {name for _, name in sections()}
@@ -237,7 +237,31 @@ def test_readme_is_short_and_counts_lines_as_they_are():
     for name, parent in parents.items():
         matcher = difflib.SequenceMatcher(None, code[parent], code[name], autojunk=False)
         new = len(code[name]) - sum(block.size for block in matcher.get_matching_blocks())
-        assert re.search(rf"[─┬└] {name} {new}\b", text), f"{name} has {new} lines that {parent} has not"
+        assert re.search(rf"[─┬└] {name} {new}\b", text), (
+            f"{name} has {new} lines that {parent} has not"
+        )
+
+
+PAGES = (
+    "README.md",
+    "tests/README.md",
+    *(f"benchmarks/{x}.md" for x in ("README", "claims", "defaults")),
+)
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_and_pictures_are_there(page):
+    for target in re.findall(r"\]\(([^)\s]+)\)", (ROOT / page).read_text(encoding="utf-8")):
+        if target.startswith("https://"):
+            continue
+        path, _, place = target.partition("#")
+        file = (ROOT / page).parent / path if path else ROOT / page
+        assert file.exists(), target
+        if place and file.suffix == ".md":
+            headings = re.findall(r"^#+ (.*)$", file.read_text(encoding="utf-8"), re.M)
+            assert place in map(anchor, headings), target
+        elif place:  # a line of a function that an equation has
+            assert re.match(r"def \w+", SOURCES[file.stem].splitlines()[int(place[1:]) - 1]), target
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
