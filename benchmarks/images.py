@@ -61,35 +61,42 @@ def found(row):
     return sorted(lines, key=lambda line: int(line["seed"]))
 
 
+def title(row):
+    """The environment as a table and a picture name it."""
+    return row["env"].removeprefix("minatar_envs:").rpartition("-")[0]
+
+
+def texts():
+    """What benchmarks/README.md says between its markers: path, name of the markers, lines."""
+    lines = ["| environment | script | steps | greedy return, seeds 251 on | published |"]
+    lines += ["|---|---|---|---|---|"]
+    for row in TABLE["row"]:
+        returns = ", ".join(f"{float(line['return_mean']):.1f}" for line in found(row))
+        cells = title(row), row["script"], f"{row['steps']:,}", returns or "not run"
+        lines.append(f"| {' | '.join(cells)} | {row['published']} |")
+    return HERE / "README.md", "images", lines
+
+
 def report():
     """The table into benchmarks/README.md, the learning curves into benchmarks/plots."""
-    import matplotlib
+    import matplotlib  # before anything is written
 
     matplotlib.use("agg")
     from matplotlib import pyplot as plt
 
-    lines = ["| environment | script | steps | greedy return, seeds 251 on | published |"]
-    lines += ["|---|---|---|---|---|"]
-    drawn = {}
-    for row in TABLE["row"]:
-        name = row["env"].removeprefix("minatar_envs:").rpartition("-")[0]
-        returns = ", ".join(f"{float(line['return_mean']):.1f}" for line in found(row))
-        cells = name, row["script"], f"{row['steps']:,}", returns or "not run", row["published"]
-        lines.append(f"| {' | '.join(cells)} |")
-        drawn.setdefault(name, []).extend((row["script"], line["curve"]) for line in found(row))
-    drawn = {name: curves for name, curves in drawn.items() if curves}
-    write_between(HERE / "README.md", "images", lines)
-    if drawn:
-        figure, grid = plt.subplots(1, len(drawn), figsize=(3.4 * len(drawn), 3), squeeze=False)
-        for (name, curves), axes in zip(drawn.items(), grid.flat, strict=True):
-            for script, text in curves:
-                label = script if script not in axes.get_legend_handles_labels()[1] else None
-                axes.plot(*points(text), color=COLORS[script], lw=1, label=label)
-            axes.set(title=name, xlabel="environment steps", xscale="log")
-            axes.legend(fontsize=8)
-        grid[0, 0].set_ylabel("return, mean of 100 training episodes")
-        figure.tight_layout()
-        figure.savefig(HERE / "plots/images.png", dpi=90)
+    write_between(*texts())
+    names = dict.fromkeys(title(row) for row in TABLE["row"] if found(row))
+    figure, grid = plt.subplots(1, len(names), figsize=(3.4 * len(names), 3), squeeze=False)
+    for name, axes in zip(names, grid.flat, strict=True):
+        for row in TABLE["row"]:
+            for i, line in enumerate(found(row) if title(row) == name else []):
+                label = None if i else row["script"]  # one for all seeds
+                axes.plot(*points(line["curve"]), color=COLORS[row["script"]], lw=1, label=label)
+        axes.set(title=name, xlabel="environment steps", xscale="log")
+        axes.legend(fontsize=8)
+    grid[0, 0].set_ylabel("return, mean of 100 training episodes")
+    figure.tight_layout()
+    figure.savefig(HERE / "plots/images.png", dpi=90)
 
 
 def ours(script, steps):

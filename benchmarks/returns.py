@@ -88,11 +88,12 @@ def key(row, peer=False):
 
 
 def lines_of(row, table, peer=False):
-    """The row's results on its block of seeds."""
+    """The row's results on its block of seeds, in their order, one a seed."""
     mine = [
         line for line in table if (line["script"], line["env"], line["steps"]) == key(row, peer)
     ]
-    return [line for line in mine if int(line["seed"]) in seeds(row, peer)]
+    one = {int(line["seed"]): line for line in mine}  # runs side by side end in any order
+    return [one[seed] for seed in seeds(row, peer) if seed in one]
 
 
 def run(row, seed, peer, stands_on):

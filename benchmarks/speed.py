@@ -257,13 +257,10 @@ def cold_row(row, _):
 
 def missed(row, cells):
     """Whether the median in a column falls short of the row's goal; goals are by column number."""
-    for column, goal in row.get("at_least", {}).items():
-        if float(cells[int(column)].split(" ")[0].replace(",", "")) < goal:
-            return True
-    for column, goal in row.get("at_most", {}).items():
-        if float(cells[int(column)].split(" ")[0].replace(",", "")) > goal:
-            return True
-    return False
+    medians = [cell.split(" ")[0].replace(",", "") for cell in cells]
+    short = [float(medians[int(i)]) < goal for i, goal in row.get("at_least", {}).items()]
+    over = [float(medians[int(i)]) > goal for i, goal in row.get("at_most", {}).items()]
+    return any(short + over)
 
 
 def row_sha(row):

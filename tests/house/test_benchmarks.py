@@ -4,6 +4,7 @@ import argparse
 import shlex
 import subprocess
 import sys
+import tomllib
 
 import numpy as np
 import pytest
@@ -11,8 +12,10 @@ import tyro
 from conftest import ROOT, module
 
 sys.path.append(str(ROOT / "benchmarks"))
+import images  # noqa: E402
 import returns  # noqa: E402
 import runner  # noqa: E402
+import speed  # noqa: E402
 
 ROW = {"script": "ppo", "env": "CartPole-v1", "steps": 100, "metric": "greedy", "seeds": 3}
 ROW |= {"reference": 500, "tolerance": 5}
@@ -32,9 +35,9 @@ def test_tables_say_what_the_result_files_say_and_no_row_is_stale():
     table = runner.read(returns.RESULTS)
     for row in returns.TABLE["row"]:
         assert returns.judge(row, table)["verdict"] != "stale", returns.key(row)
-    for path, name, lines in returns.texts():
+    for path, name, lines in *returns.texts(), images.texts(), speed.texts():
         new = runner.between(path, name, lines)
-        assert path.read_text(encoding="utf-8") == new, "python benchmarks/returns.py --report"
+        assert path.read_text(encoding="utf-8") == new, f"{name}: write it again by --report"
 
 
 def test_only_what_decides_a_result_makes_it_stale(tmp_path, monkeypatch):
@@ -116,6 +119,30 @@ def test_the_peer_counts_on_all_of_its_seeds(monkeypatch):
     for count, seen in (4, 0), (5, 5):
         table = lines([500] * 10) + lines([490] * count, script="sb3-ppo")
         assert len(returns.judge(row, table)["peer"]) == seen
+
+
+def test_runs_that_ended_in_any_order_stand_in_the_order_of_their_seeds(monkeypatch):
+    """The peer has the first seeds, so order decides what it is compared with."""
+    monkeypatch.setattr(returns, "row_sha", lambda row, peer=False: "now")
+    table = lines([1, 2, 3])
+    result = returns.judge(ROW, [table[2], table[0], table[1], table[0]])
+    assert result["values"].tolist() == [1, 2, 3]
+    assert returns.judge(ROW, [table[0], table[1], table[0]])["verdict"] == "unfinished, 2 of 3"
+
+
+def test_every_row_of_the_speeds_can_be_run():
+    for rows in tomllib.loads(
+        (ROOT / "benchmarks/speed.toml").read_text(encoding="utf-8")
+    ).values():
+        for row in rows:
+            tyro.cli(module(row["script"]).Args, args=shlex.split(row.get("options", "")))
+
+
+def test_a_goal_is_missed_where_the_median_misses_it():
+    cells = ["1,200 (900 to 1,300)", "", "2.9 (2.0 to 4.0)"]
+    assert speed.missed({"at_least": {"2": 3}}, cells)
+    assert speed.missed({"at_least": {"0": 1000}, "at_most": {"2": 2}}, cells)
+    assert not speed.missed({"at_least": {"0": 1200}, "at_most": {"2": 2.9}}, cells)
 
 
 def test_statistics_by_hand():
