@@ -12,8 +12,10 @@ import pytest
 import torch
 from conftest import ROOT
 
-sys.path.append(str(ROOT / "benchmarks"))
-from search import document, ellipsoid, evaluations, hansen, normal, rosenbrock, sphere  # noqa: E402
+sys.path += [str(ROOT / "benchmarks"), str(ROOT / "benchmarks/studies")]
+import runner  # noqa: E402
+import search as study  # noqa: E402
+from search import document, ellipsoid, hansen, normal, rosenbrock, sphere  # noqa: E402
 
 
 def double(*values):
@@ -95,13 +97,18 @@ def test_the_documents_update_written_out(alpha):
 # Hansen's update
 
 
-@pytest.mark.parametrize(
-    ("function", "pycma"), [(sphere, 1340), (ellipsoid, 3975), (rosenbrock, 5185)]
-)
-def test_as_many_evaluations_as_pycma(function, pycma):
+@pytest.mark.parametrize("name", study.FUNCTIONS)
+def test_as_many_evaluations_as_pycma(name):
     """pycma 4.5.0 with its defaults; it too ends in Rosenbrock's other minimum now and then."""
-    median = statistics.median(evaluations(function, seed) for seed in range(20))
-    assert 0.85 * pycma <= median <= 1.15 * pycma
+    counts = [study.evaluations(study.FUNCTIONS[name], seed) for seed in range(study.SEEDS)]
+    median = statistics.median(counts)
+    assert median == pytest.approx(statistics.median(study.kept(name, "ours")), rel=0.05)
+    assert median == pytest.approx(statistics.median(study.kept(name, "pycma")), rel=0.15)
+
+
+def test_the_table_of_the_study_says_what_its_results_say():
+    path, name, lines = study.texts()
+    assert path.read_text(encoding="utf-8") == runner.between(path, name, lines)
 
 
 def test_strategy_parameters_of_ten():

@@ -15,7 +15,7 @@ import torch
 from conftest import ROOT, command
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-sys.path.append(str(ROOT / "benchmarks"))
+sys.path.append(str(ROOT / "benchmarks/studies"))
 import variance  # noqa: E402
 
 close = torch.testing.assert_close
@@ -149,7 +149,7 @@ def test_the_mean_at_t_of_three_leaves_two_thirds():
     close(game.expected_estimate("to-go", "time", 3), game.exact("to-go") * 2 / 3)
 
 
-# What benchmarks/variance.py measures
+# What benchmarks/studies/variance.py measures
 
 
 def test_the_objective_of_the_measured_mdp():
@@ -176,9 +176,9 @@ def test_k_step_advantages():
 
 
 def test_the_measured_table():
-    """What benchmarks/variance.py measures, with fewer batches, and the table that it left."""
+    """What benchmarks/studies/variance.py measures, with fewer batches, and the table that it left."""
     rows = {tuple(row[:3]): row[3:] for row in variance.table(variance.MDP(), batches=4_000)}
-    with open(ROOT / "benchmarks/results/variance.csv", encoding="utf-8") as file:
+    with open(ROOT / "benchmarks/studies/variance.csv", encoding="utf-8") as file:
         kept = {tuple(row[:3]): row[3:] for row in csv.reader(file)}
     assert kept.keys() - rows.keys() == {tuple(variance.COLUMNS[:3])}
     for key, (n, ratio, bias, spread) in rows.items():

@@ -1,6 +1,6 @@
 """Bias and variance of policy gradients: by weight and baseline, and by the k of k-step advantages.
 
-    python benchmarks/variance.py      seconds; writes results/variance.csv and plots/variance.png
+    python benchmarks/studies/variance.py     seconds; writes variance.csv and variance.png
 
 The MDP is so small that all its trajectories can be listed with their probabilities and scores: the
 exact gradient of U(θ), and mean and variance of an estimate from one trajectory, are finite sums.
@@ -20,7 +20,7 @@ import sys
 import torch
 
 HERE = pathlib.Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent))
+sys.path.insert(0, str(HERE.parents[1]))
 
 import reinforce  # noqa: E402
 
@@ -145,7 +145,7 @@ def sampled(mdp, weight, baseline, batches):
 
 
 def table(mdp, batches=BATCHES):
-    """The rows of results/variance.csv."""
+    """The rows of variance.csv."""
     rows = []
     for weight, baseline in itertools.product(
         ("trajectory", "to-go"), ("none", "constant", "time", "state")
@@ -198,11 +198,11 @@ def plot(rows, path):
 
 def main():
     rows = table(MDP())
-    with open(HERE / "results/variance.csv", "w", newline="", encoding="utf-8") as file:
+    with open(HERE / "variance.csv", "w", newline="", encoding="utf-8") as file:
         csv.writer(file, lineterminator="\n").writerows([COLUMNS, *rows])
     for row in [COLUMNS, *rows]:
         print("  ".join(f"{x:>12}" for x in row))
-    plot(rows, HERE / "plots/variance.png")
+    plot(rows, HERE / "variance.png")
 
 
 if __name__ == "__main__":

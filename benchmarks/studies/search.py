@@ -1,6 +1,6 @@
 """The search distributions of cem.py and cmaes.py on functions: a picture, a table of evaluations.
 
-    python benchmarks/search.py        half a minute; writes plots/search.png and into README.md
+    python benchmarks/studies/search.py     half a minute; writes search.png, search.csv, README.md
 
 The loops are those of the scripts' train, with a function in the place of episodes.
 """
@@ -13,11 +13,13 @@ import sys
 import torch
 
 HERE = pathlib.Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE.parent), str(HERE)]
+sys.path[:0] = [str(HERE.parents[1]), str(HERE.parent)]
 
 import cem  # noqa: E402
 import cmaes  # noqa: E402
-from runner import write_between  # noqa: E402
+from runner import read, write, write_between  # noqa: E402
+
+RESULTS, SEEDS = HERE / "search.csv", 20
 
 
 def cross_entropy(function, mu, sigma, n, rho, noise, generator):
@@ -161,21 +163,44 @@ def pycma(function, seed, d=10, n=10, most=10_000):
     return search.result.evaluations if search.result.fbest <= 1e-8 else math.inf
 
 
-def main():
-    picture(HERE / "plots/search.png")
+FUNCTIONS = {"sphere": sphere, "ellipsoid": ellipsoid, "Rosenbrock": rosenbrock}
+
+
+def kept(name, whose):
+    """The evaluations of a search in search.csv, of all seeds."""
+    lines = [line for line in read(RESULTS) if line["function"] == name]
+    return [float(line[whose]) for line in lines]
+
+
+def texts():
+    """What README.md says between its markers: path, name of the markers, lines."""
     lines = [
         "| 10 dimensions | ours, evaluations | generations | failed | pycma | failed | ratio |"
     ]
     lines += ["|---|---|---|---|---|---|---|"]
-    for name, function in ("sphere", sphere), ("ellipsoid", ellipsoid), ("Rosenbrock", rosenbrock):
-        ours, theirs = (
-            [count(function, seed) for seed in range(20)] for count in (evaluations, pycma)
-        )
-        a, b = statistics.median(ours), statistics.median(theirs)
-        failed = [sum(map(math.isinf, counts)) for counts in (ours, theirs)]
-        cells = f"{a:.0f} | {a / 10:.0f} | {failed[0]} | {b:.0f} | {failed[1]} | {a / b:.2f}"
+    for name in FUNCTIONS:
+        counts = [kept(name, whose) for whose in ("ours", "pycma")]
+        a, b = map(statistics.median, counts)
+        failed = [sum(map(math.isinf, values)) for values in counts]
+        cells = f"{a:,.0f} | {a / 10:.0f} | {failed[0]} | {b:,.0f} | {failed[1]} | {a / b:.2f}"
         lines.append(f"| {name} | {cells} |")
-    write_between(HERE / "README.md", "search", lines)
+    return HERE / "README.md", "search", lines
+
+
+def main():
+    picture(HERE / "search.png")
+    lines = [
+        {
+            "function": name,
+            "seed": seed,
+            "ours": evaluations(function, seed),
+            "pycma": pycma(function, seed),
+        }
+        for name, function in FUNCTIONS.items()
+        for seed in range(SEEDS)
+    ]
+    write(RESULTS, lines)
+    write_between(*texts())
 
 
 if __name__ == "__main__":
