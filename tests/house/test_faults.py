@@ -182,6 +182,29 @@ def test_weights_that_are_not_finite_are_not_saved(name, tmp_path, monkeypatch):
     assert not (tmp_path / "checkpoint.pt").exists()
 
 
+@each_plumbing
+def test_images_are_saved_without_a_copy(name):
+    """Bytes are finite, so a buffer of images is not summed: that took eight times its memory."""
+    code = f"""
+import resource, numpy, {name} as m
+x = numpy.ones(50_000_000, numpy.uint8)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+m.check_finite("images", {{"data": [m.torch.from_numpy(x), x]}})
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert int(done.stdout) < 10_000  # KiB; a copy takes 49,000
+
+
+@pytest.mark.parametrize("kind", [np.float16, np.float32, np.float64])
+def test_numbers_of_every_precision_are_checked(kind):
+    ppo = module("ppo")
+    for bad in (np.nan, np.inf, -np.inf):
+        for x in (kind(bad), np.array([1, bad], kind), torch.tensor(np.array([1, bad], kind))):
+            with pytest.raises(ppo.Refusal):
+                ppo.check_finite("x", {"a": [x]})
+    ppo.check_finite("x", [kind(1), np.ones(3, kind), torch.ones(3), 1.0, 2, "nan", None])
+
+
 # Errors
 
 
