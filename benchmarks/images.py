@@ -2,6 +2,7 @@
 
     python benchmarks/images.py                    what is missing, two runs side by side
     python benchmarks/images.py --script dqn       the rows of dqn.py alone
+    python benchmarks/images.py --env MinAtar      the rows whose environment's id contains MinAtar
     python benchmarks/images.py --report           table and picture from what was measured
     python benchmarks/images.py --speed            steps a second on Pong beside stable-baselines3
 
@@ -39,7 +40,7 @@ TABLE = tomllib.loads((HERE / "images.toml").read_text(encoding="utf-8"))
 
 def run(row, seed):
     """One run, appended to the table with 100 points of its learning curve."""
-    options = TABLE["options"][row["script"]]
+    options = row.get("options", TABLE["options"][row["script"]])
     folder = ROOT / f"runs/images/{row['script']}-{row['env'].rpartition('/')[2]}-{seed}"
     line = f"--env-id {row['env']} --total-timesteps {row['steps']} --seed {seed} {options} "
     line += "--eval-episodes 30"
@@ -167,6 +168,7 @@ def speed():
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--script", help="only the rows of this script")
+    parser.add_argument("--env", default="", help="only environments whose id contains this")
     parser.add_argument("--report", action="store_true", help="table and picture, no runs")
     parser.add_argument("--speed", action="store_true", help="steps a second beside its peer")
     parser.add_argument("--jobs", type=int, default=2, help="runs side by side")
@@ -180,6 +182,7 @@ def main():
         for i in range(3)  # first one seed of each row
         for row in TABLE["row"]
         if i < len(row["seeds"]) and arguments.script in (None, row["script"])
+        if arguments.env in row["env"]
         if str(row["seeds"][i]) not in {line["seed"] for line in found(row)}
     ]
     side_by_side(run, missing, arguments.jobs)
