@@ -414,11 +414,11 @@ def train(args: Args) -> np.ndarray:
             # 2. Act.
             epsilon = epsilon_at(run.step, args.burn_in, args.epsilon_steps, args.epsilon)
             action = epsilon_greedy(q_values(obs), epsilon, run.rng)
+            window.append((obs.copy(), action))  # the environment may overwrite obs
             next_obs, reward, terminated, truncated, _ = env.step(action + q_net.start)
             check_finite("an observation or a reward", float(next_obs.sum() + reward))
 
             # 3. Store the transition whose N rewards are complete; when the episode ends, all left.
-            window.append((obs, action))
             rewards.append(np.clip(reward, -1, 1) if image and args.clip_rewards else reward)
             episode_return += reward
             seen.append(obs)

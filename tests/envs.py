@@ -246,10 +246,12 @@ class Shifted(Matched):
 class Pixel(Tiny):
     """An image of noise; one byte of it, bright or dark, says which action pays 5, the other -5.
 
-    Images differ in the order of axes: (8, 8, 3), (3, 40, 40), bools (10, 10, 10).
+    Images differ in the order of axes: (8, 8, 3), (3, 40, 40), bools (10, 10, 10). With reuse all
+    are the same array, overwritten.
     """
 
-    def __init__(self, shape=(8, 8, 3), kind="uint8"):
+    def __init__(self, shape=(8, 8, 3), kind="uint8", reuse=False):
+        self.reused = np.zeros(shape, kind) if reuse else None
         high = 255 if kind == "uint8" else 1
         self.observation_space = spaces.Box(0, high, tuple(shape), np.dtype(kind).type)
 
@@ -257,7 +259,10 @@ class Pixel(Tiny):
         space = self.observation_space
         image = self.np_random.integers(0, space.high.max(), space.shape, endpoint=True)
         image[2:4, 2:4] = space.high.max() * (self.sign > 0)
-        return image.astype(space.dtype)
+        if self.reused is None:
+            return image.astype(space.dtype)
+        self.reused[:] = image
+        return self.reused
 
     def outcome(self, action):
         return 5 if (action == 1) == (self.sign > 0) else -5, True, False

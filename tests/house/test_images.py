@@ -43,6 +43,16 @@ def test_what_a_pixel_says_is_learned(name, tmp_path):
     assert min(returns) < 4 and max(returns) > 3, "5 or -5 in each episode, random at first"
 
 
+@pytest.mark.parametrize("name", IMAGES)
+def test_an_environment_may_overwrite_its_observation(name, tmp_path):
+    """The run is the same whether each image is an array of its own or one that is reused."""
+    saved = []
+    for reuse in ("false", "true"):
+        learn(name, tmp_path / reuse, total_timesteps=600, env_kwargs=f'{{"reuse": {reuse}}}')
+        saved.append(load(tmp_path / reuse)["policy"])
+    assert same(*saved)
+
+
 @pytest.mark.parametrize(("shape", "kind"), [((3, 40, 40), "uint8"), ((10, 10, 10), "bool")])
 @pytest.mark.parametrize("name", ["ppo", "dqn"])
 def test_channels_first_and_bools_are_learned(name, shape, kind, tmp_path):
