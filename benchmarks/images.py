@@ -69,11 +69,12 @@ def title(row):
 
 def texts():
     """What benchmarks/README.md says between its markers: path, name of the markers, lines."""
-    lines = ["| environment | script | steps | greedy return, seeds 251 on | published |"]
-    lines += ["|---|---|---|---|---|"]
+    lines = ["| environment | script | steps | seeds | greedy return of each | published |"]
+    lines += ["|---|---|---|---|---|---|"]
     for row in TABLE["row"]:
+        seeds = ", ".join(line["seed"] for line in found(row))
         returns = ", ".join(f"{float(line['return_mean']):.1f}" for line in found(row))
-        cells = title(row), row["script"], f"{row['steps']:,}", returns or "not run"
+        cells = title(row), row["script"], f"{row['steps']:,}", seeds, returns or "not run"
         lines.append(f"| {' | '.join(cells)} | {row['published']} |")
     return HERE / "README.md", "images", lines
 
