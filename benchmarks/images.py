@@ -96,7 +96,7 @@ def report():
                 axes.plot(*points(line["curve"]), color=COLORS[row["script"]], lw=1, label=label)
         axes.set(title=name, xlabel="environment steps", xscale="log")
         axes.legend(fontsize=8)
-    grid[0, 0].set_ylabel("return, mean of 100 training episodes")
+    grid[0, 0].set_ylabel("mean return of 100 episodes")
     figure.tight_layout()
     figure.savefig(HERE / "plots/images.png", dpi=90)
 
