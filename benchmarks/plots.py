@@ -1,4 +1,6 @@
-"""The pictures of the returns: one an environment, and all rows at a glance."""
+"""The pictures: returns of each environment and of all rows, each claim and all of them."""
+
+import textwrap
 
 import matplotlib
 
@@ -133,22 +135,24 @@ def claim(name, values):
 
 
 def claims(rows):
-    """All claims at a glance: (claim, verdicts of its predictions), a square for each prediction."""
-    colors = dict(holds="tab:green", open="0.8", fails="tab:red")
-    half = (len(rows) + 1) // 2
-    figure, grid = plt.subplots(1, 2, figsize=(13, 0.21 * half + 0.5))
-    for part, axes in zip((rows[:half], rows[half:]), grid, strict=True):
-        for y, (sentence, verdicts) in enumerate(part):
-            axes.text(-0.8, y, sentence, ha="right", va="center", fontsize=8)
-            for x, verdict in enumerate(verdicts):
-                axes.plot(x, y, "s", color=colors[verdict], markersize=8)
-        axes.set(xlim=(-0.6, 8), ylim=(half - 0.5, -0.5))
+    """All claims at a glance: (claim, verdicts of its predictions), a panel a claim, in their order."""
+    colors = {"holds": "tab:green", "open": "0.65", "fails": "tab:red", "not run": "white"}
+    columns = 5
+    height = -(-len(rows) // columns)
+    figure, grid = plt.subplots(height, columns, figsize=(13, 1.05 * height))
+    for axes in grid.flat:
         axes.axis("off")
+    for number, ((sentence, verdicts), axes) in enumerate(zip(rows, grid.flat, strict=False), 1):
+        for x, verdict in enumerate(sorted(verdicts, key=list(colors).index)):
+            square = dict(facecolor=colors[verdict], edgecolor="0.4", clip_on=False)
+            axes.add_patch(plt.Rectangle((x / 12, 0), 1 / 15, 0.2, **square))
+        text = textwrap.fill(f"{number}. {sentence}", 32)
+        axes.text(0, 0.98, text, va="top", fontsize=9.5, linespacing=1.15)
     marks = [
-        plt.Line2D([], [], marker="s", linestyle="", color=color, label=name)
+        plt.Rectangle((0, 0), 1, 1, facecolor=color, edgecolor="0.4", label=name)
         for name, color in colors.items()
     ]
-    figure.legend(handles=marks, title="predictions", loc="upper right", frameon=False, fontsize=8)
-    figure.subplots_adjust(left=0.4, right=0.99, top=0.99, bottom=0.01, wspace=3)
+    grid.flat[-1].legend(handles=marks, title="predictions", loc="center", frameon=False, ncols=2)
+    figure.subplots_adjust(left=0.01, right=0.99, top=1, bottom=0.02, wspace=0.06, hspace=0.2)
     figure.savefig(HERE / "plots/claims.png", dpi=80)
     plt.close(figure)
