@@ -322,6 +322,7 @@ def short(value):
 def section(number, claim, table, need):
     """The text of a claim, and its verdict."""
     lines = lines_of(claim, table, need)
+    complete = len(lines) == len(pairs(claim))
     asked = predictions(claim)
     judged = [judge(p, lines, claim["settings"]) for p in asked]
     said = verdict(claim, judged)
@@ -330,9 +331,9 @@ def section(number, claim, table, need):
         "",
         f"Section *{claim['section']}*. **{said[0].upper()}{said[1:]}.**",
     ]
-    if "seen" in claim and "not run" not in said:
+    if "seen" in claim and complete:
         text[-1] += f" {claim['seen']}"
-    text += ["", f"![{claim['name']}](plots/claims/{claim['name']}.png)", ""] if lines else [""]
+    text += ["", f"![{claim['name']}](plots/claims/{claim['name']}.png)", ""] if complete else [""]
     text += ["| prediction | difference | 95% | counts from | |", "|---|---|---|---|---|"]
     for p, result in zip(asked, judged, strict=True):
         sentence = f"{p['what']} on {p['task']}: {p['more']} > {p['less']}"
@@ -374,7 +375,7 @@ def report():
         lines = lines_of(claim, table, need)
         judged = [judge(p, lines, claim["settings"]) for p in predictions(claim)]
         rows.append((claim["claim"], [result[3] if result else "not run" for result in judged]))
-        if lines:
+        if len(lines) == len(pairs(claim)):
             asked = list(dict.fromkeys((p["what"], p["task"]) for p in predictions(claim)))
             values = {
                 (what, task): {
