@@ -138,7 +138,7 @@ def claims(rows):
     """All claims at a glance: (claim, verdicts of its predictions), a panel a claim, in their order."""
     colors = {"holds": "tab:green", "open": "0.65", "fails": "tab:red", "not run": "white"}
     columns = 5
-    height = -(-len(rows) // columns)
+    height = len(rows) // columns + 1  # the last place is the legend's
     figure, grid = plt.subplots(height, columns, figsize=(13, 1.05 * height))
     for axes in grid.flat:
         axes.axis("off")
