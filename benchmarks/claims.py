@@ -5,8 +5,9 @@
     python benchmarks/claims.py --alone            those about time on the clock, one run at a time
     python benchmarks/claims.py --report           claims.md and its pictures; runs nothing
 
-A run is a command line and a seed, 401 to 408, and is kept in results/claims.csv, where claims share
-it. What a claim predicts stands in claims.toml before its first run: which setting has more of which
+A run is a command line and a seed, and is kept in results/claims.csv, where claims share it. Seeds
+are 401 to 408; a claim that is tried again with other options takes 411 to 418, and both attempts stay.
+What a claim predicts stands in claims.toml before its first run: which setting has more of which
 statistic, and by how much for the difference to count. A prediction *holds* if the 95% interval of
 the difference of means (Welch's t) lies above 0 and the difference counts; it *fails* if the interval
 excludes a difference that counts; else it is *open*.
@@ -39,7 +40,7 @@ from runner import (
 )
 
 RESULTS = HERE / "results/claims.csv"
-SEEDS = range(401, 409)
+SEEDS, AGAIN = range(401, 409), range(411, 419)  # of first attempts, of second ones
 CLAIMS = tomllib.loads((HERE / "claims.toml").read_text(encoding="utf-8"))["claim"]
 RETURN, EVALUATION, SPEED = "charts/episodic_return", "charts/eval_return", "charts/SPS"
 VALUES = ["losses/start_value", "losses/start_return"]
@@ -175,6 +176,15 @@ def predictions(claim):
     return [PREDICTION.fullmatch(text).groupdict() for text in claim["predicts"]]
 
 
+def attempts(claim):
+    """The claim as first written and, where it was tried again, with the tasks of that attempt."""
+    if "again" not in claim:
+        return [claim]
+    tasks = claim["again"]["tasks"]
+    texts = [t for t, p in zip(claim["predicts"], predictions(claim)) if p["task"] in tasks]
+    return [claim, claim | {"tasks": tasks, "predicts": texts, "seeds": AGAIN}]
+
+
 def line_of(claim, setting, task):
     """The command line of a setting on a task: script and options, 50 episodes at the end."""
     script, _, options = claim["settings"][setting].partition(" ")
@@ -200,14 +210,14 @@ def pairs(claim):
 def needed():
     """Of every command line: the tags to keep, what to change afterwards, whether it runs alone."""
     out = {}
-    for claim in CLAIMS:
-        for setting, task in pairs(claim):
-            asked = [p["what"] for p in predictions(claim) if p["task"] == task]
+    for one in [attempt for claim in CLAIMS for attempt in attempts(claim)]:
+        for setting, task in pairs(one):
+            asked = [p["what"] for p in predictions(one) if p["task"] == task]
             entry = out.setdefault(
-                line_of(claim, setting, task), {"tags": set(), "change": "", "alone": False}
+                line_of(one, setting, task), {"tags": set(), "change": "", "alone": False}
             )
             entry["tags"] |= {tag for what in asked for tag in statistic(what)[1]}
-            entry["change"] = claim.get("change", entry["change"])
+            entry["change"] = one.get("change", entry["change"])
             entry["alone"] |= any(what.startswith("seconds") for what in asked)
     return out
 
@@ -243,17 +253,24 @@ def run(command, seed, need, stands_on):
 
 def run_missing(arguments):
     """What the claims asked for need and the table lacks."""
-    asked = [claim for claim in CLAIMS if arguments.only in claim["name"]]
-    commands = {line_of(claim, *pair): None for claim in asked for pair in pairs(claim)}
-    scripts = {f"{command.split()[0]}.py" for command in commands}
+    asked = [x for claim in CLAIMS if arguments.only in claim["name"] for x in attempts(claim)]
+    wanted = {
+        (line_of(x, *pair), seed): None
+        for x in asked
+        for pair in pairs(x)
+        for seed in x.get("seeds", SEEDS)
+    }
+    scripts = {f"{command.split()[0]}.py" for command, _ in wanted}
     stands_on = commit("benchmarks/claims.toml", *scripts)
-    need, jobs = needed(), []
+    need = needed()
     table = [x for x in read(RESULTS) if x["run"] in need and fits(x, need[x["run"]])]
     write(RESULTS, table)  # runs of another script or command leave
-    for command in commands:
-        if need[command]["alone"] == arguments.alone:
-            done = {line["seed"] for line in table if line["run"] == command}
-            jobs += [(command, s, need[command], stands_on) for s in SEEDS if str(s) not in done]
+    done = {(line["run"], int(line["seed"])) for line in table}
+    jobs = [
+        (command, seed, need[command], stands_on)
+        for command, seed in wanted
+        if need[command]["alone"] == arguments.alone and (command, seed) not in done
+    ]
     print(f"{len(jobs)} runs to do", flush=True)
     side_by_side(run, jobs, 1 if arguments.alone else arguments.jobs)
 
@@ -263,13 +280,13 @@ def run_missing(arguments):
 
 def lines_of(claim, table, need):
     """The runs of each (setting, task), one a seed, where all seeds are there."""
-    out = {}
+    out, seeds = {}, claim.get("seeds", SEEDS)
     for pair in pairs(claim):
         command = line_of(claim, *pair)
         fit = [x for x in table if x["run"] == command and fits(x, need[command])]
-        one = {line["seed"]: line for line in fit}
-        if len(one) == len(SEEDS):
-            out[pair] = [one[seed] for seed in sorted(one)]
+        one = {int(line["seed"]): line for line in fit}
+        if set(one) >= set(seeds):
+            out[pair] = [one[seed] for seed in seeds]
     return out
 
 
@@ -301,9 +318,8 @@ def judge(prediction, lines, settings):
     return gap, low, high, verdict
 
 
-def verdict(claim, judged):
-    """Of all predictions of a claim together."""
-    found = [result[3] if result else "not run" for result in judged]
+def verdict(found):
+    """Of a claim, from what its predictions came to."""
     for one, text in {"not run": "not run yet", "holds": "holds"}.items():
         if set(found) == {one}:
             return text
@@ -319,24 +335,25 @@ def short(value):
     return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
 
 
-def section(number, claim, table, need):
-    """The text of a claim, and its verdict."""
+def judgements(claim, table, need):
+    """Of each prediction its last attempt's result, and the verdict on the claim."""
+    latest = {}
+    for attempt in attempts(claim):
+        lines = lines_of(attempt, table, need)
+        for text, p in zip(attempt["predicts"], predictions(attempt)):
+            latest[text] = judge(p, lines, claim["settings"])
+    return [result[3] if result else "not run" for result in latest.values()]
+
+
+def attempt_text(claim, picture, table, need):
+    """Picture, numbers and command lines of one attempt, and whether all its runs are there."""
     lines = lines_of(claim, table, need)
     complete = len(lines) == len(pairs(claim))
-    asked = predictions(claim)
-    judged = [judge(p, lines, claim["settings"]) for p in asked]
-    said = verdict(claim, judged)
-    text = [
-        f"### {number}. {claim['claim']}",
-        "",
-        f"Section *{claim['section']}*. **{said[0].upper()}{said[1:]}.**",
-    ]
-    if "seen" in claim and complete:
-        text[-1] += f" {claim['seen']}"
-    text += ["", f"![{claim['name']}](plots/claims/{claim['name']}.png)", ""] if complete else [""]
+    text = [f"![{picture}](plots/claims/{picture}.png)", ""] if complete else []
     text += ["| prediction | difference | 95% | counts from | |", "|---|---|---|---|---|"]
-    for p, result in zip(asked, judged, strict=True):
+    for p in predictions(claim):
         sentence = f"{p['what']} on {p['task']}: {p['more']} > {p['less']}"
+        result = judge(p, lines, claim["settings"])
         if result is None:
             text.append(f"| {sentence} | | | {p['by']} | not run |")
         else:
@@ -352,7 +369,32 @@ def section(number, claim, table, need):
     ]
     if "change" in claim:
         text.append(f"afterwards: --resume ... {claim['change']}")
-    return [*text, "```", "", "</details>", ""], said
+    return [*text, "```", "", "</details>", ""], complete
+
+
+def section(number, claim, table, need):
+    """The text of a claim, and its verdict."""
+    first, *again = attempts(claim)
+    body, complete = attempt_text(first, claim["name"], table, need)
+    said = verdict(judgements(claim, table, need))
+    if again:
+        before = verdict(judgements(claim | {"again": {"tasks": {}}}, table, need))
+        said += f" (second attempt; the first: {before})"
+    text = [
+        f"### {number}. {claim['claim']}",
+        "",
+        f"Section *{claim['section']}*. **{said[0].upper()}{said[1:]}.**",
+    ]
+    if "seen" in claim and complete:
+        text[-1] += f" {claim['seen']}"
+    text += ["", *body]
+    for attempt in again:
+        body, complete = attempt_text(attempt, f"{claim['name']}-again", table, need)
+        text += [f"**Second attempt**, seeds 411 to 418. {claim['again']['why']}"]
+        if "seen" in claim["again"] and complete:
+            text[-1] += f" {claim['again']['seen']}"
+        text += ["", *body]
+    return text, said
 
 
 def texts():
@@ -366,27 +408,33 @@ def texts():
     return [(HERE / "claims.md", "overview", rows), (HERE / "claims.md", "claims", body)]
 
 
+def picture(claim, name, lines):
+    """A picture of an attempt at a claim, where all its runs are there."""
+    import plots
+
+    if len(lines) < len(pairs(claim)):
+        return
+    asked = list(dict.fromkeys((p["what"], p["task"]) for p in predictions(claim)))
+    values = {
+        (what, task): {
+            setting: statistic(what)[0](found)
+            for (setting, on), found in lines.items()
+            if on == task
+        }
+        for what, task in asked
+    }
+    plots.claim(name, values)
+
+
 def report():
     """claims.md and a picture a claim."""
     import plots  # which needs matplotlib: before anything is written
 
-    table, need, rows = read(RESULTS), needed(), []
+    table, need = read(RESULTS), needed()
     for claim in CLAIMS:
-        lines = lines_of(claim, table, need)
-        judged = [judge(p, lines, claim["settings"]) for p in predictions(claim)]
-        rows.append((claim["claim"], [result[3] if result else "not run" for result in judged]))
-        if len(lines) == len(pairs(claim)):
-            asked = list(dict.fromkeys((p["what"], p["task"]) for p in predictions(claim)))
-            values = {
-                (what, task): {
-                    setting: statistic(what)[0](found)
-                    for (setting, on), found in lines.items()
-                    if on == task
-                }
-                for what, task in asked
-            }
-            plots.claim(claim["name"], values)
-    plots.claims(rows)
+        for attempt, suffix in zip(attempts(claim), ["", "-again"]):
+            picture(attempt, claim["name"] + suffix, lines_of(attempt, table, need))
+    plots.claims([(claim["claim"], judgements(claim, table, need)) for claim in CLAIMS])
     for place in texts():
         write_between(*place)
 
