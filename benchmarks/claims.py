@@ -336,13 +336,15 @@ def short(value):
 
 
 def judgements(claim, table, need):
-    """Of each prediction its last attempt's result, and the verdict on the claim."""
-    latest = {}
+    """What each prediction came to, after the first attempt and after the second where there is one."""
+    out, latest = [], {}
     for attempt in attempts(claim):
         lines = lines_of(attempt, table, need)
         for text, p in zip(attempt["predicts"], predictions(attempt)):
-            latest[text] = judge(p, lines, claim["settings"])
-    return [result[3] if result else "not run" for result in latest.values()]
+            result = judge(p, lines, claim["settings"])
+            latest[text] = result[3] if result else "not run"
+        out.append(list(latest.values()))
+    return out
 
 
 def attempt_text(claim, picture, table, need):
@@ -376,10 +378,7 @@ def section(number, claim, table, need):
     """The text of a claim, and its verdict."""
     first, *again = attempts(claim)
     body, complete = attempt_text(first, claim["name"], table, need)
-    said = verdict(judgements(claim, table, need))
-    if again:
-        before = verdict(judgements(claim | {"again": {"tasks": {}}}, table, need))
-        said += f" (second attempt; the first: {before})"
+    said = "; second attempt: ".join(verdict(found) for found in judgements(claim, table, need))
     text = [
         f"### {number}. {claim['claim']}",
         "",
@@ -434,7 +433,7 @@ def report():
     for claim in CLAIMS:
         for attempt, suffix in zip(attempts(claim), ["", "-again"]):
             picture(attempt, claim["name"] + suffix, lines_of(attempt, table, need))
-    plots.claims([(claim["claim"], judgements(claim, table, need)) for claim in CLAIMS])
+    plots.claims([(claim["claim"], judgements(claim, table, need)[-1]) for claim in CLAIMS])
     for place in texts():
         write_between(*place)
 

@@ -26,9 +26,11 @@ def test_every_claim_can_be_run(claim):
             assert side in claim["settings"] or float(side) < 1e9
             used.add(side)
     assert set(claim["settings"]) == (used | set(claim.get("shown", []))) & set(claim["settings"])
-    for pair in claims.pairs(claim):
-        script, _, options = claims.line_of(claim, *pair).partition(" ")
-        tyro.cli(module(script).Args, args=shlex.split(options))
+    for attempt in claims.attempts(claim):
+        assert set(attempt["tasks"]) <= set(claim["tasks"]) and attempt["predicts"]
+        for pair in claims.pairs(attempt):
+            script, _, options = claims.line_of(attempt, *pair).partition(" ")
+            tyro.cli(module(script).Args, args=shlex.split(options))
 
 
 def test_the_page_says_what_the_result_file_says():
