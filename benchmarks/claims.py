@@ -136,8 +136,8 @@ def last(tag, lines):
 
 
 def log10_last(tag, lines):
-    """Its logarithm."""
-    return np.log10(np.maximum(last(tag, lines), 1e-12))
+    """Its logarithm; estimates below 1e-4, which can be negative, count as 1e-4."""
+    return np.log10(np.maximum(last(tag, lines), 1e-4))
 
 
 STATISTICS = {  # name -> function of the runs of a setting, scalars that it needs
