@@ -336,10 +336,12 @@ def short(value):
 
 
 def judgements(claim, table, need):
-    """What each prediction came to, after the first attempt and after the second where there is one."""
+    """What each prediction came to, after the first attempt and after each one whose runs are there."""
     out, latest = [], {}
     for attempt in attempts(claim):
         lines = lines_of(attempt, table, need)
+        if out and len(lines) < len(pairs(attempt)):
+            break
         for text, p in zip(attempt["predicts"], predictions(attempt)):
             result = judge(p, lines, claim["settings"])
             latest[text] = result[3] if result else "not run"
@@ -378,7 +380,10 @@ def section(number, claim, table, need):
     """The text of a claim, and its verdict."""
     first, *again = attempts(claim)
     body, complete = attempt_text(first, claim["name"], table, need)
-    said = "; second attempt: ".join(verdict(found) for found in judgements(claim, table, need))
+    verdicts = [verdict(found) for found in judgements(claim, table, need)]
+    if len(verdicts) < len(attempts(claim)):
+        verdicts.append("not run yet")
+    said = "; second attempt: ".join(verdicts)
     text = [
         f"### {number}. {claim['claim']}",
         "",

@@ -127,7 +127,7 @@ def claim(name, values):
         axes.locator_params(axis="x", nbins=4)
         if axes.get_xlim()[1] >= 10_000:
             axes.xaxis.set_major_formatter(EngFormatter(sep=""))
-        axes.set_title(f"{what}, {task}", fontsize=9)
+        axes.set_title(textwrap.fill(f"{what}, {task}", 34), fontsize=9)
     figure.tight_layout()
     (HERE / "plots/claims").mkdir(exist_ok=True)
     figure.savefig(HERE / f"plots/claims/{name}.png", dpi=80)
