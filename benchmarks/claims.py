@@ -15,12 +15,14 @@ excludes a difference that counts; else it is *open*.
 
 import argparse
 import functools
+import importlib
 import re
 import sys
 import time
 import tomllib
 
 import numpy as np
+import torch
 from runner import (
     HERE,
     ROOT,
@@ -43,7 +45,6 @@ RESULTS = HERE / "results/claims.csv"
 SEEDS, AGAIN = range(401, 409), range(411, 419)  # of first attempts, of second ones
 CLAIMS = tomllib.loads((HERE / "claims.toml").read_text(encoding="utf-8"))["claim"]
 RETURN, EVALUATION, SPEED = "charts/episodic_return", "charts/eval_return", "charts/SPS"
-VALUES = ["losses/start_value", "losses/start_return"]
 POINTS = 40  # of a curve that is kept
 PREDICTION = re.compile(
     r"(?P<what>.+?) on (?P<task>\S+): (?P<more>.+) > (?P<less>.+) by (?P<by>\S+)"
@@ -108,21 +109,9 @@ def pace(lines):
     return [1000 * float(line["seconds"]) / int(line["env_steps"]) for line in lines]
 
 
-def part(line, tag, begin, end):
-    """The mean of a scalar over a part of training."""
-    steps, values = logged(line, tag)
-    inside = (steps > begin * steps[-1]) & (steps <= end * steps[-1])
-    return values[inside].mean()
-
-
-def bias(lines, begin=0.75, end=1.0):
-    """Value less return at the start of an episode, in the last quarter of training."""
-    return [part(x, VALUES[0], begin, end) - part(x, VALUES[1], begin, end) for x in lines]
-
-
-def growth(lines):
-    """How much the bias has grown since the second quarter of training."""
-    return np.subtract(bias(lines), bias(lines, 0.25, 0.5))
+def bias(lines):
+    """Value less discounted return of the greedy policy after training."""
+    return [float(line["bias"]) for line in lines]
 
 
 def changed(lines):
@@ -132,7 +121,8 @@ def changed(lines):
 
 def last(tag, lines):
     """A scalar in the last quarter of training."""
-    return [part(line, tag, 0.75, 1.0) for line in lines]
+    curves = [logged(line, tag) for line in lines]
+    return [values[steps > 0.75 * steps[-1]].mean() for steps, values in curves]
 
 
 def log10_last(tag, lines):
@@ -143,16 +133,15 @@ def log10_last(tag, lines):
 STATISTICS = {  # name -> function of the runs of a setting, scalars that it needs
     "final": (final, []),
     "spread": (spread, []),
-    "area": (area, []),
-    "fall": (fall, []),
-    "bias": (bias, VALUES),
-    "growth": (growth, VALUES),
+    "area": (area, [RETURN]),
+    "fall": (fall, [RETURN]),
+    "bias": (bias, []),
     "changed": (changed, []),
     "seconds per 1000 steps": (pace, []),
 }
 WITH_ARGUMENT = {
     "steps to": (steps_to, float, [EVALUATION]),
-    "seconds to": (seconds_to, float, [SPEED]),
+    "seconds to": (seconds_to, float, [RETURN, SPEED]),
     "last": (last, "losses/{}".format, []),
     "log10 of last": (log10_last, "losses/{}".format, []),
 }
@@ -182,7 +171,7 @@ def attempts(claim):
         return [claim]
     tasks = claim["again"]["tasks"]
     texts = [t for t, p in zip(claim["predicts"], predictions(claim)) if p["task"] in tasks]
-    return [claim, claim | {"tasks": tasks, "predicts": texts, "seeds": AGAIN}]
+    return [claim, claim | {"predicts": texts, "seeds": AGAIN} | claim["again"]]
 
 
 def line_of(claim, setting, task):
@@ -208,16 +197,16 @@ def pairs(claim):
 
 
 def needed():
-    """Of every command line: the tags to keep, what to change afterwards, whether it runs alone."""
+    """Of every command line: what to keep of it, and how to run it."""
     out = {}
     for one in [attempt for claim in CLAIMS for attempt in attempts(claim)]:
         for setting, task in pairs(one):
             asked = [p["what"] for p in predictions(one) if p["task"] == task]
-            entry = out.setdefault(
-                line_of(one, setting, task), {"tags": set(), "change": "", "alone": False}
-            )
+            none = {"tags": set(), "change": "", "bias": False, "alone": False}
+            entry = out.setdefault(line_of(one, setting, task), none)
             entry["tags"] |= {tag for what in asked for tag in statistic(what)[1]}
             entry["change"] = one.get("change", entry["change"])
+            entry["bias"] |= "bias" in asked
             entry["alone"] |= any(what.startswith("seconds") for what in asked)
     return out
 
@@ -228,7 +217,40 @@ def fits(line, need):
     tags = {part.split("=")[0] for part in line["logs"].split("|")}
     changed = line["change"] == need["change"] or not need["change"]
     alone = line["alone"] == "True" or not need["alone"]
-    return line["sha"] == sha(script, options) and tags >= need["tags"] and changed and alone
+    bias = bool(line["bias"]) or not need["bias"]
+    same = line["sha"] == sha(script, options)
+    return same and tags >= need["tags"] and changed and alone and bias
+
+
+def value_bias(script, folder, episodes=50):
+    """Value less discounted return of a checkpoint's greedy policy, from the starts of episodes.
+
+    The value is max_a Q(s, a) of dqn and double_dqn, Q(s, π(s)) of ddpg, the lower such Q of td3.
+    Returns the mean.
+    """
+    sys.path[:0] = [str(ROOT)] if str(ROOT) not in sys.path else []
+    module = importlib.import_module(script)
+    checkpoint = torch.load(folder / "checkpoint.pt", "cpu", weights_only=True)
+    args, found = module.Args(**checkpoint["args"]), []
+    with module.make_env(args) as env, torch.no_grad():
+        policy, critic = module.make_policy(env, args), None
+        policy.load_state_dict(checkpoint["policy"])
+        if "critic" in checkpoint:
+            td3 = script == "td3"
+            critic = (
+                module.QNetworks(env, args.hidden, 2) if td3 else module.Critic(env, args.hidden)
+            )
+            critic.load_state_dict(checkpoint["critic"])
+        for episode in range(episodes):
+            obs, _ = env.reset(seed=2**30 + 1000 * args.seed + episode)
+            s = torch.as_tensor(obs[None], dtype=torch.float32)
+            found.append((critic(s, policy(s)).min() if critic else policy(s).max()).item())
+            discount, ends = 1.0, [False]
+            while not any(ends):
+                obs, reward, *ends, _ = env.step(policy.act(obs[None])[0])
+                found[-1] -= discount * reward
+                discount *= args.gamma
+    return np.mean(found)
 
 
 def run(command, seed, need, stands_on):
@@ -239,11 +261,12 @@ def run(command, seed, need, stands_on):
         old.unlink()
     began = time.time()
     result = execute(script, f"{options} --seed {seed}", folder)
-    kept = {tag: curve(*scalars(folder, tag), POINTS) for tag in (RETURN, *sorted(need["tags"]))}
+    kept = {tag: curve(*scalars(folder, tag), POINTS) for tag in sorted(need["tags"])}
     line = {"run": command, "seed": seed, "final": result["eval_return_mean"], "changed": ""}
     if need["change"]:
         again = f"--resume {folder}/checkpoint.pt --eval-episodes 50 {need['change']}"
         line["changed"] = execute(script, again, folder)["eval_return_mean"]
+    line["bias"] = f"{value_bias(script, folder):.5g}" if need["bias"] else ""
     line |= {"change": need["change"], "env_steps": int(result["env_steps"])}
     line |= {"seconds": round(time.time() - began, 1), "alone": need["alone"]}
     line |= {"logs": "|".join(f"{tag}={text}" for tag, text in kept.items())}
@@ -342,8 +365,10 @@ def judgements(claim, table, need):
         lines = lines_of(attempt, table, need)
         if out and len(lines) < len(pairs(attempt)):
             break
+        if attempt["tasks"].keys() >= claim["tasks"].keys():
+            latest = {}
         for text, p in zip(attempt["predicts"], predictions(attempt)):
-            result = judge(p, lines, claim["settings"])
+            result = judge(p, lines, attempt["settings"])
             latest[text] = result[3] if result else "not run"
         out.append(list(latest.values()))
     return out

@@ -2,9 +2,12 @@
 
 import shlex
 import sys
+from types import SimpleNamespace
 
+import gymnasium as gym
 import numpy as np
 import pytest
+import torch
 import tyro
 from conftest import ROOT, module
 
@@ -104,10 +107,26 @@ def test_statistics_by_hand():
     assert of("spread", run(1), run(2), run(9)) == [1, 0, 7]
     evaluations = run(**{"charts/eval_return": "20:1 40:3 60:2"})
     assert of("steps to 2", evaluations) == [40] and of("steps to 4", evaluations) == [100]
-    value = {
-        "losses/start_value": "25:1 50:2 75:3 100:9",
-        "losses/start_return": "25:1 50:1 75:1 100:1",
-    }
-    assert of("bias", run(**value)) == [8] and of("growth", run(**value)) == [7]
     assert of("last kl", run(**{"losses/kl": "50:7 80:2 100:4"})) == [3]
     assert of("log10 of last kl", run(**{"losses/kl": "50:7 100:100"})) == [2]
+
+
+class Constant(torch.nn.Module):
+    """Values 1 and 3, whatever the state."""
+
+    def forward(self, obs):
+        return torch.tensor([[1.0, 3.0]])
+
+    def act(self, obs):
+        return [0]
+
+
+def test_the_bias_of_a_checkpoint_by_hand(monkeypatch, tmp_path):
+    script = SimpleNamespace(
+        Args=SimpleNamespace,
+        make_env=lambda args: gym.make("CartPole-v1", max_episode_steps=2),
+        make_policy=lambda env, args: Constant(),
+    )
+    monkeypatch.setitem(sys.modules, "of_constant_value", script)
+    torch.save({"args": {"gamma": 0.9, "seed": 1}, "policy": {}}, tmp_path / "checkpoint.pt")
+    assert claims.value_bias("of_constant_value", tmp_path) == pytest.approx(3 - (1 + 0.9))
