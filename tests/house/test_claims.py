@@ -130,3 +130,13 @@ def test_the_bias_of_a_checkpoint_by_hand(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "of_constant_value", script)
     torch.save({"args": {"gamma": 0.9, "seed": 1}, "policy": {}}, tmp_path / "checkpoint.pt")
     assert claims.value_bias("of_constant_value", tmp_path) == pytest.approx(3 - (1 + 0.9))
+
+    class Critics(torch.nn.Module):
+        def forward(self, obs, action):
+            return torch.tensor([[5.0], [2.0]])
+
+    script.QNetworks = lambda env, hidden, count: Critics()
+    monkeypatch.setitem(sys.modules, "td3", script)
+    saved = {"args": {"gamma": 0.9, "seed": 1, "hidden": 1}, "policy": {}, "critic": {}}
+    torch.save(saved, tmp_path / "checkpoint.pt")
+    assert claims.value_bias("td3", tmp_path) == pytest.approx(2 - (1 + 0.9))
