@@ -495,7 +495,7 @@ class Run(AbstractContextManager):
         try:
             self.dir += f"__rank{rank}" if rank > 0 else ""
             os.makedirs(self.dir, exist_ok=self.dir != new)
-            self.writer = SummaryWriter(self.dir, purge_step=self.step + 1)
+            self.writer = SummaryWriter(self.dir, purge_step=self.step + 1, flush_secs=1)
         except OSError as error:
             raise Refusal(f"--run-dir {self.dir}: {error.strerror}") from error
         self.writer.add_text("options", "\n".join(f"    {k}: {v}" for k, v in vars(args).items()))
@@ -504,10 +504,10 @@ class Run(AbstractContextManager):
 
     def __exit__(self, kind, error, traceback):
         self.bar.close()
-        self.writer.close()
-        if error and not isinstance(error, Refusal):
-            self.save()
-            print(f"saved: --resume {self.dir}/checkpoint.pt continues it", file=sys.stderr)
+        with self.writer:  # closed last: after a signal this can take up to flush_secs
+            if error and not isinstance(error, Refusal):
+                self.save()
+                print(f"saved: --resume {self.dir}/checkpoint.pt continues it", file=sys.stderr)
 
     def seed(self):
         """Seed all generators from (seed, step, rank): a resumed run draws the same numbers."""

@@ -9,8 +9,9 @@
 
 Each finished run is a line of results/returns.csv, so that an interrupted call goes on where it was.
 The rules, which this file keeps: a row runs on the seeds that returns.toml gives it, on a committed
-script. A result belongs to the script's syntax tree and the row's options (column sha); with other
-code or options it is stale, and the row needs a block of seeds that nobody has seen (block = 211).
+script. A result belongs to the code that decides it and to the row's options (column sha, see
+runner.py); with others it is stale, and the row needs a block of seeds that nobody has seen (block
+= 211).
 """
 
 import argparse

@@ -140,7 +140,11 @@ def dump(node):
 
 @functools.cache
 def syntax(source, given):
-    """The syntax tree without docstrings, annotations and defaults of given options, as text."""
+    """The part of the syntax tree that decides a result, as text.
+
+    It is without docstrings, annotations, defaults of given options, the end of a run (__exit__)
+    and the arguments of the log.
+    """
     tree = ast.parse(source)
     for node in ast.walk(tree):
         if isinstance(node, ast.ClassDef) and node.name == "Args":
@@ -152,13 +156,17 @@ def syntax(source, given):
             node.body = node.body[1:]
         if isinstance(node, ast.FunctionDef):
             node.returns = None
+        if isinstance(node, ast.FunctionDef) and node.name == "__exit__":
+            node.body = []
         if isinstance(node, ast.arg):
             node.annotation = None
+        if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "SummaryWriter":
+            node.args = node.keywords = []
     return str(dump(tree))
 
 
 def sha(script, options):
-    """Hash of what decides a result: the script, prose and annotations aside, and the options."""
+    """Hash of what decides a result: what syntax() keeps of the script, and the options."""
     source = (ROOT / f"{script}.py").read_text(encoding="utf-8")
     given = tuple(name.replace("-", "_") for name in re.findall(r"--(\S+)", options))
     return hashlib.sha256(f"{syntax(source, given)} {options}".encode()).hexdigest()[:12]

@@ -52,6 +52,10 @@ def test_only_what_decides_a_result_makes_it_stale(tmp_path, monkeypatch):
     assert base != sha("def f(a):\n    return a + 2\n")
     assert base != sha("def f(a):\n    return a + 1\n", "--steps 10 --gamma 0.9")
 
+    end = "def __exit__(self):\n    {}\n\ndef f():\n    return SummaryWriter({})\n"
+    assert sha(end.format("pass", "")) == sha(end.format("save()", "x, flush_secs=1"))
+    assert sha(end.format("pass", "")) != sha(end.format("pass", "").replace("exit", "enter"))
+
     def args(gamma, tau):
         source = f"class Args:\n    gamma: float = {gamma}\n    tau: float = {tau}\n"
         return sha(source, options)

@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import envs
@@ -25,6 +26,7 @@ from runs import (
     tensors,
     train,
 )
+from torch.utils.tensorboard import SummaryWriter
 
 # The process ends
 
@@ -125,6 +127,33 @@ def test_an_endless_episode_can_be_interrupted(name, tmp_path, monkeypatch):
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
     assert load(tmp_path)["env_steps"] == 0
+
+
+@each_plumbing
+def test_a_signal_while_the_log_is_written(name, tmp_path, monkeypatch):
+    """The log's thread then misses that it is to end; it must look by itself soon, after the save."""
+    notify, close, saved = threading.Condition.notify, SummaryWriter.close, []
+
+    def interrupted(condition, n=1):
+        inside = sys._getframe(3).f_code.co_name == "add_event" and condition._waiters
+        if inside and (tmp_path / "checkpoint.pt").exists():
+            monkeypatch.setattr(threading.Condition, "notify", notify)
+            condition._waiters[0].release()  # the thread goes on, but stays in the list of waiters
+            time.sleep(0.1)
+            sys.exit(9)
+        notify(condition, n)
+
+    def note(writer):
+        saved.append((tmp_path / "checkpoint.pt").stat().st_mtime_ns)
+        close(writer)
+
+    monkeypatch.setattr(threading.Condition, "notify", interrupted)
+    monkeypatch.setattr(SummaryWriter, "close", note)
+    began = time.time()
+    with pytest.raises(SystemExit):
+        train(name, tmp_path, total_timesteps=10**9)
+    assert time.time() - began < 60
+    assert saved == [(tmp_path / "checkpoint.pt").stat().st_mtime_ns]
 
 
 # Numbers that are not finite
