@@ -1,10 +1,10 @@
 r"""Advantage Actor-Critic: make actions likelier that turn out better than a critic's prediction.
 
-Derivations: "How do we learn the state-dependent baseline $V^\pi(s)$?",
-"The Core Actor-Critic Framework", "Advantage Actor-Critic (A2C)",
-"Why This Difference Matters: A2C vs AC", "Actor-Critic as Policy Iteration",
-"The Asynchronous Solution: Parallel Experience Collection"; from earlier sections
-"Gaussian Policy", "Softmax Policy".
+Derivations in the document (tests/document/README.md):
+"How do we learn the state-dependent baseline $V^\pi(s)$?", "The Core Actor-Critic Framework",
+"Advantage Actor-Critic (A2C)", "Why This Difference Matters: A2C vs AC",
+"Actor-Critic as Policy Iteration", "The Asynchronous Solution: Parallel Experience Collection";
+from earlier sections "Gaussian Policy", "Softmax Policy".
 
     1.  Initialise the policy π_θ and the critic V_φ.
     2.  Let π_θ act for T steps in each of N environments, or for one whole episode if k = ∞.

@@ -1,6 +1,7 @@
 """Asynchronous Advantage Actor-Critic: parallel workers update shared parameters without waiting.
 
-Derivations: "Asynchronous Deep RL for On-Policy Learning", "The Core Problem",
+Derivations in the document (tests/document/README.md):
+"Asynchronous Deep RL for On-Policy Learning", "The Core Problem",
 "The Asynchronous Solution: Parallel Experience Collection",
 "Asynchronous Advantage Actor-Critic (A3C)", "Advantage Actor-Critic (A2C)",
 "The Core Actor-Critic Framework"; from earlier sections "Gaussian Policy", "Softmax Policy".

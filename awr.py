@@ -1,10 +1,10 @@
 r"""Advantage-Weighted Regression: imitate actions from a replay buffer, better ones more strongly.
 
-Derivations: "The Performance Difference Lemma", "The Optimization Problem",
-"Advantage Weighted Regression (AWR)", "How Do We Actually Use This Oracle Solution?",
-"The Practical AWR Algorithm", "Why AWR is Off-Policy", "The Role of Temperature $\alpha$"; of
-earlier sections "Gaussian Policy", "Softmax Policy",
-"Review: Actor-Critic and the Advantage Function",
+Derivations in the document (tests/document/README.md): "The Performance Difference Lemma",
+"The Optimization Problem", "Advantage Weighted Regression (AWR)",
+"How Do We Actually Use This Oracle Solution?", "The Practical AWR Algorithm",
+"Why AWR is Off-Policy", "The Role of Temperature $\alpha$"; of earlier sections "Gaussian Policy",
+"Softmax Policy", "Review: Actor-Critic and the Advantage Function",
 "How do we learn the state-dependent baseline $V^\pi(s)$?".
 
     1.  Initialise the policy π_θ, the critic V_φ and an empty buffer D.

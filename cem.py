@@ -1,6 +1,7 @@
 """Cross-Entropy Method: sample policies, keep the best, and narrow the search around them.
 
-Derivations: "Black-Box Policy Optimization", "Cross-Entropy Method (CEM)".
+Derivations in the document (tests/document/README.md): "Black-Box Policy Optimization",
+"Cross-Entropy Method (CEM)".
 
     1.  Initialise the search distribution N(μ, diag σ²) over the parameters θ of the policy.
     2.  Sample n candidates θ_i ~ N(μ, diag σ²).

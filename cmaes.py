@@ -1,6 +1,6 @@
 """Covariance Matrix Adaptation Evolution Strategy: a search Gaussian that learns its own shape.
 
-Derivations: "Black-Box Policy Optimization",
+Derivations in the document (tests/document/README.md): "Black-Box Policy Optimization",
 "Covariance Matrix Adaptation Evolution Strategy (CMA-ES)".
 
     1.  Initialise the search distribution N(μ, Σ), Σ = σ² C, over the parameters θ of the policy.

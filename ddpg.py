@@ -1,6 +1,7 @@
 r"""Deep Deterministic Policy Gradient: an actor follows the gradient of a critic learned by replay.
 
-Derivations: "Option 2: Off-Policy Actor-Critic with a Learned Q-Function",
+Derivations in the document (tests/document/README.md):
+"Option 2: Off-Policy Actor-Critic with a Learned Q-Function",
 "Why do we maximize $Q^\pi$ and not $A^\pi$?",
 "DDPG and TD3: Off-Policy Actor-Critic for Continuous Actions",
 "The Deterministic Policy Gradient: How Backprop Works Through the Critic",

@@ -1,6 +1,7 @@
 """Double Deep Q-Network: in its targets one network selects an action, another evaluates it.
 
-Derivations: "Challenge 1: Overestimation Bias in Q-Values"; all else as in dqn.py.
+Derivations in the document (tests/document/README.md):
+"Challenge 1: Overestimation Bias in Q-Values"; all else as in dqn.py.
 
     1.  Initialise Q_θ, the target network θ_target = θ and an empty buffer D.
     2.  Take a random action with probability ε, else argmax_a Q_θ(s, a).

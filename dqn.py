@@ -1,9 +1,9 @@
 """Deep Q-Network: learn the value of each action from replayed transitions; take the best action.
 
-Derivations: "The Value-Based Approach", "Value Iteration and Q-Learning",
-"Fitted Q-Iteration: Neural Networks for Value Functions", "Innovation 1: Replay Buffer",
-"Innovation 2: Target Networks", "Algorithm", "Key Hyperparameters and Design Choices",
-"Challenge 1: Overestimation Bias in Q-Values",
+Derivations in the document (tests/document/README.md): "The Value-Based Approach",
+"Value Iteration and Q-Learning", "Fitted Q-Iteration: Neural Networks for Value Functions",
+"Innovation 1: Replay Buffer", "Innovation 2: Target Networks", "Algorithm",
+"Key Hyperparameters and Design Choices", "Challenge 1: Overestimation Bias in Q-Values",
 "Challenge 2: Reducing Error Compounding with N-Step Returns", "Challenge 3: Cold Start Problem",
 "Challenge 4: The Limited Exploration Problem", "Practical Training Details for DQN",
 "$V(s)$ is Implicitly Computed, Not Separately Stored",

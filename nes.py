@@ -1,6 +1,6 @@
 """Natural Evolution Strategy: move the mean of a search Gaussian towards fitter candidates.
 
-Derivations: "Natural Evolutionary Strategies (NES)",
+Derivations in the document (tests/document/README.md): "Natural Evolutionary Strategies (NES)",
 "Natural Evolutionary Strategies (NES) / Derivation".
 
     1.  Initialise the mean μ of the search distribution N(μ, σ²I) over the parameters θ.

@@ -1,9 +1,9 @@
 r"""Proximal Policy Optimization: take several steps on each batch, near the policy that acted.
 
-Derivations: "Proximal Policy Optimization (PPO)", "Importance Sampling",
-"Do We Actually Need the KL Term?", "The PPO Clip Objective", "Problems with the Clip Objective",
-"The Asymmetric Clip: DAPO"; from earlier sections "Gaussian Policy", "Softmax Policy",
-"Review: Actor-Critic and the Advantage Function",
+Derivations in the document (tests/document/README.md): "Proximal Policy Optimization (PPO)",
+"Importance Sampling", "Do We Actually Need the KL Term?", "The PPO Clip Objective",
+"Problems with the Clip Objective", "The Asymmetric Clip: DAPO"; from earlier sections
+"Gaussian Policy", "Softmax Policy", "Review: Actor-Critic and the Advantage Function",
 "How do we learn the state-dependent baseline $V^\pi(s)$?".
 
     1.  Initialise the policy π_θ and the critic V_φ.

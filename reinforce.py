@@ -1,6 +1,7 @@
 r"""REINFORCE: play whole trajectories, then make actions likelier in proportion to their return.
 
-Derivations: "Rewards and Returns", "Policy-Based RL", "REINFORCE (or Monte Carlo Policy Gradient)",
+Derivations in the document (tests/document/README.md): "Rewards and Returns", "Policy-Based RL",
+"REINFORCE (or Monte Carlo Policy Gradient)",
 "REINFORCE (or Monte Carlo Policy Gradient) / Derivation", "Gaussian Policy", "Softmax Policy",
 "Limitations", "Baseline", "How do we learn the state-dependent baseline $V^\pi(s)$?".
 

@@ -1,9 +1,9 @@
 """Soft Actor-Critic: a stochastic actor that is rewarded for entropy, so it explores by itself.
 
-Derivations: "Soft Actor-Critic (SAC)", "What is Maximum Entropy RL?",
-"Simplifying the MaxEnt Objective", "The SAC Q-Function", "SAC's Policy Update",
-"Practical Design Choices in SAC", "Summary: DDPG vs TD3 vs SAC"; from earlier sections
-"Key Hyperparameters and Design Choices",
+Derivations in the document (tests/document/README.md): "Soft Actor-Critic (SAC)",
+"What is Maximum Entropy RL?", "Simplifying the MaxEnt Objective", "The SAC Q-Function",
+"SAC's Policy Update", "Practical Design Choices in SAC", "Summary: DDPG vs TD3 vs SAC"; from
+earlier sections "Key Hyperparameters and Design Choices",
 "Option 2: Off-Policy Actor-Critic with a Learned Q-Function",
 "The Deterministic Policy Gradient: How Backprop Works Through the Critic",
 "DDPG and TD3: The Full Algorithm".

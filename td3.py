@@ -1,6 +1,6 @@
 r"""Twin Delayed DDPG: DDPG that trusts the lower of two critics and updates its actor less often.
 
-Derivations: "DDPG and TD3: The Full Algorithm",
+Derivations in the document (tests/document/README.md): "DDPG and TD3: The Full Algorithm",
 "DDPG and TD3: Off-Policy Actor-Critic for Continuous Actions",
 "The Deterministic Policy Gradient: How Backprop Works Through the Critic",
 "Is there a separate policy $\mu$?", "Summary: DDPG vs TD3 vs SAC"; from earlier sections

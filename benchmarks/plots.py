@@ -99,8 +99,9 @@ def glance(results, score):
     ]
     bar = dict(marker="|", color="black", linestyle="", markersize=9)
     marks += [plt.Line2D([], [], **bar, label="reference less tolerance")]
-    peer = dict(marker="D", color="none", markeredgecolor="0.3")
-    marks += [plt.Line2D([], [], **peer, label="stable-baselines3")]
+    if any(len(result["peer"]) for result in results):
+        peer = dict(marker="D", color="none", markeredgecolor="0.3")
+        marks += [plt.Line2D([], [], **peer, label="stable-baselines3")]
     figure.legend(handles=marks, loc="upper center", ncols=len(marks), frameon=False, fontsize=9)
     figure.tight_layout(rect=(0, 0, 1, 1 - 0.35 / height))
     figure.savefig(HERE / "plots/overview.png", dpi=100)

@@ -1,11 +1,12 @@
 """Run the rows of returns.toml and report which published returns are reached.
 
-    python benchmarks/returns.py                     standard rows that have no result yet
+    python benchmarks/returns.py                     rows that have no result yet
     python benchmarks/returns.py --script ppo        the rows of ppo.py
-    python benchmarks/returns.py --tier full         the long rows that have seeds
+    python benchmarks/returns.py --tier standard     without the long rows
     python benchmarks/returns.py --peer              stable-baselines3 on the first five of the seeds
     python benchmarks/returns.py --report            tables and plots from what was measured
     python benchmarks/returns.py --confirm           rows that a change of the source made stale
+    python benchmarks/returns.py --random Hopper-v5  the mean return of random play, 50 episodes
 
 Each finished run is a line of results/returns.csv, so that an interrupted call goes on where it was.
 The rules, which this file keeps: a row runs on the seeds that returns.toml gives it, on a committed
@@ -22,6 +23,7 @@ import sys
 import time
 import tomllib
 
+import gymnasium as gym
 import numpy as np
 from runner import (
     HERE,
@@ -197,6 +199,20 @@ def confirm(arguments):
             write(RESULTS, table)
 
 
+def random_play(env_id, episodes=50):
+    """The mean return of random actions, to one decimal."""
+    total = 0
+    with gym.make(env_id) as env:
+        env.action_space.seed(0)
+        for episode in range(episodes):
+            env.reset(seed=episode)
+            ends = [False]
+            while not any(ends):
+                _, reward, *ends, _ = env.step(env.action_space.sample())
+                total += reward
+    return round(total / episodes, 1)
+
+
 def metric(row, lines):
     """The values that the verdict is of, one a seed, by the row's metric."""
     if row["metric"] == "best":  # the best time of the averaged curve
@@ -237,8 +253,8 @@ def judge(row, table):
 
 def score(row, values):
     """Returns in units of the way from random play, 0, to the reference, 1."""
-    random_play = TABLE["random"][row["env"]]
-    return (values - random_play) / (row["reference"] - random_play)
+    zero = TABLE["random"][row["env"]]
+    return (values - zero) / (row["reference"] - zero)
 
 
 def better(ours, theirs):
@@ -330,6 +346,8 @@ def aggregates(results):
             f"Interquartile mean of the scores of {len(ours)} rows, the first five seeds of each: "
             f"{interquartile_mean(ours):.3f} ({low:.3f} to {high:.3f})."
         ]
+    if not any(len(result["peer"]) for result in results):
+        lines += ["stable-baselines3 has not been run yet."]
     both = [result for result in whole if len(result["peer"]) == FIVE]
     if both:
         ours = np.array([score(r["row"], r["values"][:FIVE]) for r in both])
@@ -406,14 +424,22 @@ def main():
     )
     parser.add_argument("--script", help="only the rows of this script")
     parser.add_argument("--env", help="only the rows of this environment")
-    parser.add_argument("--tier", default="standard", choices=["standard", "full", "all"])
+    parser.add_argument("--tier", default="all", choices=["standard", "full", "all"])
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs side by side")
     parser.add_argument("--peer", action="store_true", help="run stable-baselines3 instead")
     parser.add_argument(
         "--confirm", action="store_true", help="keep results that a change left alone"
     )
     parser.add_argument("--report", action="store_true", help="write tables and plots; run nothing")
+    parser.add_argument("--random", metavar="ENV", help="measure random play; run nothing else")
     arguments = parser.parse_args()
+    if arguments.random:
+        return print(random_play(arguments.random))
+    if not list(rows(arguments)):
+        parser.error("returns.toml has no such row")
+    lacking = {row["env"] for row in TABLE["row"]} - set(TABLE["random"])
+    if lacking:
+        parser.error(f"[random] in returns.toml lacks {', '.join(lacking)}: see --random")
     if arguments.report:
         return report()
     try:

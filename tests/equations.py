@@ -22,9 +22,10 @@ PAGE = ROOT / "tests/document/README.md"
 TOP = """\
 # The equations and their code
 
-The scripts implement the post *Deep Reinforcement Learning* of 2026-02-10. This page lists its
-{total} displayed equations in its order. Docstrings cite them as `[Section heading, eq. n]`, where
-n counts from the beginning of the section. `python tests/equations.py` writes the page.
+The scripts implement the post *Deep Reinforcement Learning* of 2026-02-10, which they call the
+document. This page lists its {total} displayed equations in its order. Docstrings cite them as
+`[Section heading, eq. n]`, where n counts from the beginning of the section. `python
+tests/equations.py` writes the page.
 
 {implemented} equations are implemented: their lines of code stand below them, with the names that
 the docstring of the function explains. {verified} are verified by a test. {definition} are
@@ -50,6 +51,17 @@ def sections():
     for level, text in headings:
         parents[level] = text
         found.append((level, text if count[text] == 1 else f"{parents[level - 1]} / {text}"))
+    return found
+
+
+def citing(headings):
+    """Name of a section -> scripts whose docstring names it."""
+    found = {name: [] for _, name in headings}
+    for path in sorted(ROOT.glob("*.py")):
+        text = " ".join(ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))).split())
+        for name in found:
+            if f'"{name}"' in text:
+                found[name].append(path.name)
     return found
 
 
@@ -166,7 +178,9 @@ def contents(headings):
     """The list of contents: a line a chapter, with its sections behind it."""
     text = ""
     for level, name in headings:
-        plain = name.split(" / ")[-1].replace("$", "").replace(r"\pi", "π").replace(r"\mu", "μ")
+        plain = name.split(" / ")[-1].replace("$", "")
+        for latex, letter in (r"\pi", "π"), (r"\mu", "μ"), (r"\alpha", "α"):
+            plain = plain.replace(latex, letter)
         separator = ["", "\n- ", "\n  - ", " · "][level]
         text += f"{separator}[{plain}](#{anchor(name)})"
     return text.strip() + "\n"
@@ -183,6 +197,10 @@ def page():
         under[row["section"]].append(equation(row))
         place = row["section"], row["n"]
         under[place[0]] += [erratum(x) for x in errata if (x["section"], x["n"]) == place]
+    for name, scripts in citing(headings).items():
+        if scripts and not under[name]:
+            links = ", ".join(f"[{script}](../../{script})" for script in scripts)
+            under[name].append(f"No displayed equation. Cited by {links}.\n")
     kept, level = [], 0  # sections with something under them, and the chapters these belong to
     for heading in reversed(headings):
         if under[heading[1]] or heading[0] < level:

@@ -343,7 +343,18 @@ def test_the_links_of_the_page():
     headings = [line.lstrip("#") for line in text.splitlines() if re.match(r"#+ [^#]", line)]
     slugs = [re.sub(r"[^\w -]", "", heading.strip().lower()) for heading in headings]
     assert set(anchors) <= {slug.replace(" ", "-") for slug in slugs}
-    assert len(set(anchors)) == len(anchors) and text.count("](") == links + len(anchors)
+    citing = re.findall(r"\]\(\.\./\.\./(\w+)\.py\)", text)
+    assert citing and set(citing) <= set(SCRIPTS)
+    assert len(set(anchors)) == len(anchors)
+    assert text.count("](") == links + len(anchors) + len(citing)
+
+
+def test_sections_that_docstrings_name_are_headings_of_the_page():
+    headings = re.findall(r"^#+ (.+)$", PAGE.read_text(encoding="utf-8"), re.M)
+    for name in SCRIPTS:
+        doc = ast.get_docstring(ast.parse((ROOT / f"{name}.py").read_text(encoding="utf-8")))
+        named = re.findall(r'"([^"]+)"', doc.split("\n\n")[1])
+        assert named and set(named) <= set(headings), f"{name}: {set(named) - set(headings)}"
 
 
 def test_every_erratum_names_a_section_and_a_test():

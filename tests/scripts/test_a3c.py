@@ -155,7 +155,9 @@ def test_each_rollout_begins_from_the_shared_parameters(tmp_path, monkeypatch):
     options = dict(k_step=5, max_grad_norm=0.1, learning_rate=1e-1)
     trained(tmp_path, "Truncates-v0", 100, **options)
     rates = rates[1:]  # the first step makes the state
-    assert [rate for rate, _ in rates] == pytest.approx([0.1 * (1 - 5 * i / 100) for i in range(20)])
+    assert [rate for rate, _ in rates] == pytest.approx(
+        [0.1 * (1 - 5 * i / 100) for i in range(20)]
+    )
     assert max(norm for _, norm in rates) == pytest.approx(0.1, rel=1e-3)
     assert len(compared) == 100 and all(compared)
 
