@@ -430,7 +430,7 @@ def make_env(args, video=""):
     image = re.search(r"\(\d+, \d+, \d+\), (uint8|bool)\)", str(space))  # is or holds one
     known = IMAGES and isinstance(space, gym.spaces.Box) if image else space.is_np_flattenable
     if not known or not isinstance(env.action_space, ACTION_SPACES):
-        raise Refusal(f"cannot learn {args.env_id}: actions {env.action_space} from {space}")
+        raise Refusal(f"cannot learn {args.env_id}: actions {env.action_space}, observed {space}")
     env = env if image else gym.wrappers.FlattenObservation(env)
     return gym.wrappers.RecordVideo(env, video, lambda _: True) if render and video else env
 

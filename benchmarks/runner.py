@@ -142,8 +142,8 @@ def dump(node):
 def syntax(source, given):
     """The part of the syntax tree that decides a result, as text.
 
-    It is without docstrings, annotations, defaults of given options, the end of a run (__exit__)
-    and the arguments of the log.
+    It is without docstrings, annotations, defaults of given options, the end of a run (__exit__),
+    the arguments of the log and the texts of refusals.
     """
     tree = ast.parse(source)
     for node in ast.walk(tree):
@@ -160,7 +160,10 @@ def syntax(source, given):
             node.body = []
         if isinstance(node, ast.arg):
             node.annotation = None
-        if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "SummaryWriter":
+        if isinstance(node, ast.Call) and getattr(node.func, "id", "") in (
+            "SummaryWriter",
+            "Refusal",
+        ):
             node.args = node.keywords = []
     return str(dump(tree))
 

@@ -55,6 +55,9 @@ def test_only_what_decides_a_result_makes_it_stale(tmp_path, monkeypatch):
     end = "def __exit__(self):\n    {}\n\ndef f():\n    return SummaryWriter({})\n"
     assert sha(end.format("pass", "")) == sha(end.format("save()", "x, flush_secs=1"))
     assert sha(end.format("pass", "")) != sha(end.format("pass", "").replace("exit", "enter"))
+    refuse = "def f(x):\n    if x > {}:\n        raise Refusal({})\n"
+    assert sha(refuse.format(1, "'no'")) == sha(refuse.format(1, "f'{x}: no'"))
+    assert sha(refuse.format(1, "'no'")) != sha(refuse.format(2, "'no'"))
 
     def args(gamma, tau):
         source = f"class Args:\n    gamma: float = {gamma}\n    tau: float = {tau}\n"
