@@ -35,7 +35,8 @@ COLORS = dict(  # of a script in every plot
     sac="tab:gray",
 )
 # Student's t, 97.5% quantile, by degrees of freedom
-T = [12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262]
+T = "12.706 4.303 3.182 2.776 2.571 2.447 2.365 2.306 2.262 2.228 2.201 2.179 2.160 2.145"
+T = [float(quantile) for quantile in T.split()]
 LOCK = threading.Lock()
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 import tyro
-from conftest import ROOT, module
+from conftest import ROOT, SCRIPTS, module
 
 sys.path.append(str(ROOT / "benchmarks"))
 import claims  # noqa: E402
@@ -31,6 +31,7 @@ def test_every_claim_can_be_run(claim):
     assert set(claim["settings"]) == (used | set(claim.get("shown", []))) & set(claim["settings"])
     for attempt in claims.attempts(claim):
         assert set(attempt["tasks"]) <= set(claim["tasks"]) and attempt["predicts"]
+        assert {line.split()[0] for line in attempt["settings"].values()} <= set(SCRIPTS)
         for pair in claims.pairs(attempt):
             script, _, options = claims.line_of(attempt, *pair).partition(" ")
             tyro.cli(module(script).Args, args=shlex.split(options))
