@@ -358,7 +358,8 @@ def aggregates(results):
             parts.append(f"{name} {interquartile_mean(scores):.3f} ({low:.3f} to {high:.3f})")
         low, high = bootstrap(mean_better, ours, theirs)
         lines += [
-            f"On the {len(both)} rows that have a peer: {', '.join(parts)}. "
+            f"On the {len(both)} rows of {sum('peer' in r['row'] for r in whole)} that "
+            f"stable-baselines3 has run so far: {', '.join(parts)}. "
             f"A run of ours returns more than one of the peer's with probability "
             f"{mean_better(ours, theirs):.2f} ({low:.2f} to {high:.2f}), the mean over these rows."
         ]
