@@ -58,7 +58,8 @@ def citing(headings):
     """Name of a section -> scripts whose docstring names it."""
     found = {name: [] for _, name in headings}
     for path in sorted(ROOT.glob("*.py")):
-        text = " ".join(ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))).split())
+        doc = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
+        text = " ".join(doc.split())
         for name in found:
             if f'"{name}"' in text:
                 found[name].append(path.name)

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import tomllib
 
+import gymnasium as gym
 import numpy as np
 import pytest
 import tyro
@@ -198,3 +199,40 @@ def test_a_changed_script_is_committed_before_it_is_measured(tmp_path, monkeypat
     (tmp_path / "x.py").write_text("2\n")
     with pytest.raises(RuntimeError, match=r"commit before you measure: x\.py"):
         runner.commit("x.py")
+
+
+class Pays(gym.Env):
+    """Two steps, each with its action, 0 or 1, as its reward."""
+
+    observation_space = action_space = gym.spaces.Discrete(2)
+    steps = 0
+
+    def reset(self, **_):
+        self.steps = 0
+        return 0, {}
+
+    def step(self, action):
+        self.steps += 1
+        return 0, float(action), self.steps == 2, False, {}
+
+
+def test_random_play_is_the_mean_of_whole_episodes(monkeypatch):
+    monkeypatch.setitem(gym.registry, "Pays-v0", gym.envs.registration.EnvSpec("Pays-v0", Pays))
+    assert returns.random_play("Pays-v0", episodes=1000) == pytest.approx(1, abs=0.1)
+
+
+@pytest.mark.parametrize(
+    ("options", "random", "said"),
+    [
+        (["--script", "pp0"], returns.TABLE["random"], "no such row"),
+        (["--report"], {"CartPole-v1": 21.5}, "lacks"),
+    ],
+)
+def test_mistakes_are_said_before_anything_runs(options, random, said, monkeypatch, capsys):
+    monkeypatch.setitem(returns.TABLE, "random", random)
+    monkeypatch.setattr(returns, "run_missing", lambda *_: pytest.fail("it ran"))
+    monkeypatch.setattr(returns, "report", lambda: pytest.fail("it wrote"))
+    monkeypatch.setattr(sys, "argv", ["returns.py", *options])
+    with pytest.raises(SystemExit, match="2"):
+        returns.main()
+    assert said in capsys.readouterr().err
