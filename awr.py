@@ -121,14 +121,14 @@ class Args:
     actor_learning_rate: float = 5e-5  # Adam's step size for the policy
     critic_learning_rate: float = 1e-3  # Adam's step size for the critic
     norm_obs: bool = True  # normalise observations by their running mean and standard deviation
-    init_std: float = 0.4  # constant σ of a Gaussian policy; 1 is half the range of an action
+    init_std: float = 0.4  # constant σ of a Gaussian policy (--resume keeps it); 1: half the range
     hidden: int = 128  # units in each of the two hidden layers
 
     env_id: str = "CartPole-v1"  # gymnasium id of the environment; module:Name-v0 imports module
     env_kwargs: str = "{}"  # arguments for the environment, as a JSON object
     seed: int = 1  # random seed; one seed gives the same weights on the same machine
     device: Literal["cpu", "cuda"] = "cpu"  # where networks compute; not saved in checkpoints
-    run_dir: str = ""  # directory to write to; runs/<env-id>__<script>__<seed>__<time> if empty
+    run_dir: str = ""  # directory to write to; if empty that of --resume, or a new one in runs/
     eval_episodes: int = 20  # greedy episodes in an evaluation, each of at most 100000 steps
     eval_every: int = 0  # environment steps between evaluations; 0: evaluate only at the end
     capture_video: bool = False  # record the evaluations as videos in <run-dir>/videos
@@ -481,8 +481,9 @@ def train(args: Args) -> np.ndarray:
         rollout = obs, actions, rewards, terminated, truncated, real[:T]
         buffer = TrajectoryBuffer(size, rollout)
         if args.data:
-            if load(args.data, {"buffer": buffer})[0].env_id != args.env_id:
-                raise Refusal(f"--data {args.data}: its environment is not {args.env_id}")
+            played = args.resume and not load(args.resume, {})[0].data  # and kept what it played
+            if played or load(args.data, {"buffer": buffer})[0].env_id != args.env_id:
+                raise Refusal(f"--data {args.data}: not of {args.env_id}, or --resume has its own")
             held = buffer.tensors()[-1].sum().item()  # real steps
             args = dataclasses.replace(args, total_timesteps=min(args.total_timesteps, held))
             buffer.added = 0
@@ -582,8 +583,9 @@ class Refusal(Exception):
 
 
 def make_envs(args, n):
-    """A vector environment of n copies, gymnasium's own vectorised version if it has one."""
-    envs = gym.make_vec(args.env_id, n, **json.loads(args.env_kwargs))
+    """A vector environment of n copies: gymnasium's own version if it has one and no kwargs."""
+    kwargs = json.loads(args.env_kwargs)  # which its own version may read in another way
+    envs = gym.make_vec(args.env_id, n, "sync" if kwargs else None, **kwargs)
     if (mode := envs.metadata.get("autoreset_mode")) != gym.vector.AutoresetMode.NEXT_STEP:
         raise Refusal(f"{args.env_id} resets its episodes by {mode}; {SCRIPT}.py needs NEXT_STEP")
     flat = gym.spaces.flatten_space(envs.single_observation_space) == envs.single_observation_space
@@ -606,18 +608,18 @@ def make_env(args, video=""):
 
     With --capture-video it records its episodes to the folder video, if one is given.
     """
-    mistakes = gym.error.Error, AssertionError, ModuleNotFoundError, TypeError, ValueError
-    atari = args.env_id.startswith("ALE/")
+    faults = gym.error.Error, AssertionError, ImportError, KeyError, OSError, TypeError, ValueError
+    atari = args.env_id.startswith(("ALE/", "ale_py:"))
     render = {"render_mode": "rgb_array"} if args.capture_video else {}
     try:
         kwargs = {**({"frameskip": 1} if atari else {}), **json.loads(args.env_kwargs)}
-        env = gym.make("ale_py:" * atari + args.env_id, **kwargs, **render)
+        env = gym.make("ale_py:" * args.env_id.startswith("ALE/") + args.env_id, **kwargs, **render)
         if atari:  # 84 x 84, grey, every fourth frame, the last four of them
             env = gym.wrappers.FrameStackObservation(gym.wrappers.AtariPreprocessing(env), 4)
         if args.capture_video:  # fail now, not after training, if it cannot render
             env.reset()
             env.render()
-    except Exception if args.capture_video else mistakes as error:
+    except Exception if args.capture_video else faults as error:
         raise Refusal(f"{args.env_id} {args.env_kwargs}: {type(error).__name__} {error}") from error
     space = env.observation_space
     image = re.search(r"\(\d+, \d+, \d+\), (uint8|bool)\)", str(space))  # is or holds one
@@ -630,14 +632,13 @@ def make_env(args, video=""):
 
 def load(path, learner):
     """Load the checkpoint at path into learner; return its options and number of steps."""
-    here = {"run_dir": "", "resume": "", "device": "cpu"}  # these are this run's own
     try:
         checkpoint = torch.load(path, "cpu", weights_only=True, mmap=True)
         if checkpoint["script"] != SCRIPT:
             raise Refusal(f"it was written by {checkpoint['script']}.py")
         for name, part in learner.items():
             part.load_state_dict(checkpoint[name])
-        return Args(**checkpoint["args"] | here), checkpoint["env_steps"]
+        return Args(**checkpoint["args"]), checkpoint["env_steps"]
     except Exception as error:
         why = error if isinstance(error, (OSError, Refusal)) else "damaged, or it has other options"
         raise Refusal(f"cannot resume from {path}: {why}") from error
@@ -656,7 +657,7 @@ class Run(AbstractContextManager):
         self.next_save = 0 if args.checkpoint_every else math.inf  # in seconds since the epoch
         self.seed()
         new = f"runs/{args.env_id}__{SCRIPT}__{args.seed}__{time.time():.6f}"
-        self.dir = args.run_dir or os.path.dirname(args.resume) or new
+        self.dir = args.run_dir or (str(Path(args.resume).parent) if args.resume else new)
         path = os.path.abspath(f"{self.dir}/checkpoint.pt")
         if os.path.exists(path) and path != os.path.abspath(args.resume):
             raise Refusal(f"--run-dir {self.dir} holds a checkpoint: resume it, or take another")
@@ -706,7 +707,8 @@ class Run(AbstractContextManager):
         began = time.time()
         checkpoint = {name: part.state_dict() for name, part in self.learner.items()}
         check_finite("weights or data", checkpoint)
-        checkpoint |= {"script": SCRIPT, "env_steps": self.step, "args": vars(self.args)}
+        own = {"run_dir": "", "resume": "", "device": "cpu"}  # of this run alone
+        checkpoint |= {"script": SCRIPT, "env_steps": self.step, "args": vars(self.args) | own}
         try:
             with open(f"{self.dir}/checkpoint.tmp", "wb") as file:
                 torch.save(checkpoint, file)
@@ -744,8 +746,8 @@ if __name__ == "__main__":
             signal.signal(n, lambda n, _: (signal.signal(n, signal.SIG_DFL), sys.exit(128 + n)))
     try:
         args = tyro.cli(Args, description=f"{__doc__.splitlines()[0]} Run options follow --env-id.")
-        if args.resume:  # options not given come from the checkpoint
-            args = tyro.cli(Args, default=load(args.resume, {})[0])
+        # Options not given come from the checkpoint.
+        args = tyro.cli(Args, default=load(args.resume, {})[0]) if args.resume else args
         train(args)
     except Refusal as error:
         print(f"{SCRIPT}.py: {str(error).splitlines()[0]}", file=sys.stderr)

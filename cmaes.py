@@ -116,7 +116,7 @@ class Args:
     env_kwargs: str = "{}"  # arguments for the environment, as a JSON object
     seed: int = 1  # random seed; one seed gives the same weights on the same machine
     device: Literal["cpu", "cuda"] = "cpu"  # where networks compute; not saved in checkpoints
-    run_dir: str = ""  # directory to write to; runs/<env-id>__<script>__<seed>__<time> if empty
+    run_dir: str = ""  # directory to write to; if empty that of --resume, or a new one in runs/
     eval_episodes: int = 20  # greedy episodes in an evaluation, each of at most 100000 steps
     eval_every: int = 0  # environment steps between evaluations; 0: evaluate only at the end
     capture_video: bool = False  # record the evaluations as videos in <run-dir>/videos
@@ -312,7 +312,7 @@ class Policies(nn.Module):
         self.to_env = (lambda x: x.argmax(-1) + space.start) if discrete else box_actions(space)
         outputs = int(space.n) if discrete else space.low.size
         self.sizes = [env.observation_space.shape[0], *[args.hidden] * args.layers, outputs]
-        self.norm = RunningNorm(*env.observation_space.shape)
+        self.norm = RunningNorm(*env.observation_space.shape) if args.norm_obs else None
         self.mu = nn.Buffer(torch.zeros(sum((i + 1) * o for i, o in pairwise(self.sizes))))
 
     def unpack(self, theta):
@@ -326,7 +326,7 @@ class Policies(nn.Module):
 
     def actions(self, layers, obs):
         """The action of each policy at its row of obs, (n, obs_dim), as environments take it."""
-        if self.norm.count:
+        if self.norm and self.norm.count:
             obs = self.norm(torch.as_tensor(obs).to(self.mu)).cpu().numpy()
         for i, (weights, bias) in enumerate(layers):
             obs = np.matvec(weights, np.tanh(obs) if i else obs) + bias
@@ -371,9 +371,8 @@ def make_candidates(stack, env, args, n):
     """
     if env.spec.vector_entry_point and not args.common_seeds:
         return stack.enter_context(closing(make_envs(args, n)))
-    envs = [stack.enter_context(make_env(args)) for _ in range(n)]
-    flat = env.env.observation_space == env.observation_space  # then flattening changes nothing
-    return [x.env for x in envs] if flat else envs
+    args = dataclasses.replace(args, capture_video=False)
+    return [stack.enter_context(make_env(args)) for _ in range(n)]
 
 
 def play(envs, policies, theta, seeds):
@@ -493,8 +492,9 @@ class Refusal(Exception):
 
 
 def make_envs(args, n):
-    """A vector environment of n copies, gymnasium's own vectorised version if it has one."""
-    envs = gym.make_vec(args.env_id, n, **json.loads(args.env_kwargs))
+    """A vector environment of n copies: gymnasium's own version if it has one and no kwargs."""
+    kwargs = json.loads(args.env_kwargs)  # which its own version may read in another way
+    envs = gym.make_vec(args.env_id, n, "sync" if kwargs else None, **kwargs)
     if (mode := envs.metadata.get("autoreset_mode")) != gym.vector.AutoresetMode.NEXT_STEP:
         raise Refusal(f"{args.env_id} resets its episodes by {mode}; {SCRIPT}.py needs NEXT_STEP")
     flat = gym.spaces.flatten_space(envs.single_observation_space) == envs.single_observation_space
@@ -517,18 +517,18 @@ def make_env(args, video=""):
 
     With --capture-video it records its episodes to the folder video, if one is given.
     """
-    mistakes = gym.error.Error, AssertionError, ModuleNotFoundError, TypeError, ValueError
-    atari = args.env_id.startswith("ALE/")
+    faults = gym.error.Error, AssertionError, ImportError, KeyError, OSError, TypeError, ValueError
+    atari = args.env_id.startswith(("ALE/", "ale_py:"))
     render = {"render_mode": "rgb_array"} if args.capture_video else {}
     try:
         kwargs = {**({"frameskip": 1} if atari else {}), **json.loads(args.env_kwargs)}
-        env = gym.make("ale_py:" * atari + args.env_id, **kwargs, **render)
+        env = gym.make("ale_py:" * args.env_id.startswith("ALE/") + args.env_id, **kwargs, **render)
         if atari:  # 84 x 84, grey, every fourth frame, the last four of them
             env = gym.wrappers.FrameStackObservation(gym.wrappers.AtariPreprocessing(env), 4)
         if args.capture_video:  # fail now, not after training, if it cannot render
             env.reset()
             env.render()
-    except Exception if args.capture_video else mistakes as error:
+    except Exception if args.capture_video else faults as error:
         raise Refusal(f"{args.env_id} {args.env_kwargs}: {type(error).__name__} {error}") from error
     space = env.observation_space
     image = re.search(r"\(\d+, \d+, \d+\), (uint8|bool)\)", str(space))  # is or holds one
@@ -541,14 +541,13 @@ def make_env(args, video=""):
 
 def load(path, learner):
     """Load the checkpoint at path into learner; return its options and number of steps."""
-    here = {"run_dir": "", "resume": "", "device": "cpu"}  # these are this run's own
     try:
         checkpoint = torch.load(path, "cpu", weights_only=True, mmap=True)
         if checkpoint["script"] != SCRIPT:
             raise Refusal(f"it was written by {checkpoint['script']}.py")
         for name, part in learner.items():
             part.load_state_dict(checkpoint[name])
-        return Args(**checkpoint["args"] | here), checkpoint["env_steps"]
+        return Args(**checkpoint["args"]), checkpoint["env_steps"]
     except Exception as error:
         why = error if isinstance(error, (OSError, Refusal)) else "damaged, or it has other options"
         raise Refusal(f"cannot resume from {path}: {why}") from error
@@ -567,7 +566,7 @@ class Run(AbstractContextManager):
         self.next_save = 0 if args.checkpoint_every else math.inf  # in seconds since the epoch
         self.seed()
         new = f"runs/{args.env_id}__{SCRIPT}__{args.seed}__{time.time():.6f}"
-        self.dir = args.run_dir or os.path.dirname(args.resume) or new
+        self.dir = args.run_dir or (str(Path(args.resume).parent) if args.resume else new)
         path = os.path.abspath(f"{self.dir}/checkpoint.pt")
         if os.path.exists(path) and path != os.path.abspath(args.resume):
             raise Refusal(f"--run-dir {self.dir} holds a checkpoint: resume it, or take another")
@@ -617,7 +616,8 @@ class Run(AbstractContextManager):
         began = time.time()
         checkpoint = {name: part.state_dict() for name, part in self.learner.items()}
         check_finite("weights or data", checkpoint)
-        checkpoint |= {"script": SCRIPT, "env_steps": self.step, "args": vars(self.args)}
+        own = {"run_dir": "", "resume": "", "device": "cpu"}  # of this run alone
+        checkpoint |= {"script": SCRIPT, "env_steps": self.step, "args": vars(self.args) | own}
         try:
             with open(f"{self.dir}/checkpoint.tmp", "wb") as file:
                 torch.save(checkpoint, file)
@@ -655,8 +655,8 @@ if __name__ == "__main__":
             signal.signal(n, lambda n, _: (signal.signal(n, signal.SIG_DFL), sys.exit(128 + n)))
     try:
         args = tyro.cli(Args, description=f"{__doc__.splitlines()[0]} Run options follow --env-id.")
-        if args.resume:  # options not given come from the checkpoint
-            args = tyro.cli(Args, default=load(args.resume, {})[0])
+        # Options not given come from the checkpoint.
+        args = tyro.cli(Args, default=load(args.resume, {})[0]) if args.resume else args
         train(args)
     except Refusal as error:
         print(f"{SCRIPT}.py: {str(error).splitlines()[0]}", file=sys.stderr)

@@ -117,7 +117,7 @@ class Args:
     learning_rate: float = 1e-3  # Adam's step size
     anneal_lr: bool = True  # decrease the learning rate linearly, to 0 at --total-timesteps
     target_every: int = 500  # K: the target network is updated once every K updates of Q
-    tau: float = 1.0  # τ: the target network becomes (1 - τ) target + τ Q; 1 copies Q
+    tau: float = 1.0  # τ: the target becomes (1 - τ) target + τ Q; 1 copies Q; if small, set K = 1
     loss: Literal["huber", "squared"] = "huber"  # Huber loss (--delta) or mean squared error
     delta: float = 1.0  # δ: the Huber loss is quadratic for errors up to δ, linear beyond
     max_grad_norm: float = 10.0  # clip the gradient's norm to this; 0: do not clip
@@ -128,7 +128,7 @@ class Args:
     env_kwargs: str = "{}"  # arguments for the environment, as a JSON object
     seed: int = 1  # random seed; one seed gives the same weights on the same machine
     device: Literal["cpu", "cuda"] = "cpu"  # where networks compute; not saved in checkpoints
-    run_dir: str = ""  # directory to write to; runs/<env-id>__<script>__<seed>__<time> if empty
+    run_dir: str = ""  # directory to write to; if empty that of --resume, or a new one in runs/
     eval_episodes: int = 20  # greedy episodes in an evaluation, each of at most 100000 steps
     eval_every: int = 0  # environment steps between evaluations; 0: evaluate only at the end
     capture_video: bool = False  # record the evaluations as videos in <run-dir>/videos
@@ -347,7 +347,7 @@ class ReplayBuffer:
     """The last `size` transitions (s, a, R, s', discount); new ones overwrite the oldest."""
 
     def __init__(self, size, space, action):
-        obs = np.zeros(space.shape, space.dtype if space.dtype.itemsize < 4 else np.float32)
+        obs = np.zeros(space.shape, space.dtype if space.dtype.itemsize == 1 else np.float32)
         like = obs, action, np.float32(0), obs, np.float32(0)
         need = size * sum(x.nbytes for x in like)
         if need > os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"):
@@ -418,7 +418,7 @@ def train(args: Args) -> np.ndarray:
             action = epsilon_greedy(q_values(obs), epsilon, run.rng)
             window.append((obs.copy(), action))  # the environment may overwrite obs
             next_obs, reward, terminated, truncated, _ = env.step(action + q_net.start)
-            check_finite("an observation or a reward", float(next_obs.sum() + reward))
+            check_finite("an observation or a reward", next_obs.sum(dtype=float) + reward)
 
             # 3. Store the transition whose N rewards are complete; when the episode ends, all left.
             rewards.append(np.clip(reward, -1, 1) if image and args.clip_rewards else reward)
@@ -495,18 +495,18 @@ def make_env(args, video=""):
 
     With --capture-video it records its episodes to the folder video, if one is given.
     """
-    mistakes = gym.error.Error, AssertionError, ModuleNotFoundError, TypeError, ValueError
-    atari = args.env_id.startswith("ALE/")
+    faults = gym.error.Error, AssertionError, ImportError, KeyError, OSError, TypeError, ValueError
+    atari = args.env_id.startswith(("ALE/", "ale_py:"))
     render = {"render_mode": "rgb_array"} if args.capture_video else {}
     try:
         kwargs = {**({"frameskip": 1} if atari else {}), **json.loads(args.env_kwargs)}
-        env = gym.make("ale_py:" * atari + args.env_id, **kwargs, **render)
+        env = gym.make("ale_py:" * args.env_id.startswith("ALE/") + args.env_id, **kwargs, **render)
         if atari:  # 84 x 84, grey, every fourth frame, the last four of them
             env = gym.wrappers.FrameStackObservation(gym.wrappers.AtariPreprocessing(env), 4)
         if args.capture_video:  # fail now, not after training, if it cannot render
             env.reset()
             env.render()
-    except Exception if args.capture_video else mistakes as error:
+    except Exception if args.capture_video else faults as error:
         raise Refusal(f"{args.env_id} {args.env_kwargs}: {type(error).__name__} {error}") from error
     space = env.observation_space
     image = re.search(r"\(\d+, \d+, \d+\), (uint8|bool)\)", str(space))  # is or holds one
@@ -519,14 +519,13 @@ def make_env(args, video=""):
 
 def load(path, learner):
     """Load the checkpoint at path into learner; return its options and number of steps."""
-    here = {"run_dir": "", "resume": "", "device": "cpu"}  # these are this run's own
     try:
         checkpoint = torch.load(path, "cpu", weights_only=True, mmap=True)
         if checkpoint["script"] != SCRIPT:
             raise Refusal(f"it was written by {checkpoint['script']}.py")
         for name, part in learner.items():
             part.load_state_dict(checkpoint[name])
-        return Args(**checkpoint["args"] | here), checkpoint["env_steps"]
+        return Args(**checkpoint["args"]), checkpoint["env_steps"]
     except Exception as error:
         why = error if isinstance(error, (OSError, Refusal)) else "damaged, or it has other options"
         raise Refusal(f"cannot resume from {path}: {why}") from error
@@ -545,7 +544,7 @@ class Run(AbstractContextManager):
         self.next_save = 0 if args.checkpoint_every else math.inf  # in seconds since the epoch
         self.seed()
         new = f"runs/{args.env_id}__{SCRIPT}__{args.seed}__{time.time():.6f}"
-        self.dir = args.run_dir or os.path.dirname(args.resume) or new
+        self.dir = args.run_dir or (str(Path(args.resume).parent) if args.resume else new)
         path = os.path.abspath(f"{self.dir}/checkpoint.pt")
         if os.path.exists(path) and path != os.path.abspath(args.resume):
             raise Refusal(f"--run-dir {self.dir} holds a checkpoint: resume it, or take another")
@@ -595,7 +594,8 @@ class Run(AbstractContextManager):
         began = time.time()
         checkpoint = {name: part.state_dict() for name, part in self.learner.items()}
         check_finite("weights or data", checkpoint)
-        checkpoint |= {"script": SCRIPT, "env_steps": self.step, "args": vars(self.args)}
+        own = {"run_dir": "", "resume": "", "device": "cpu"}  # of this run alone
+        checkpoint |= {"script": SCRIPT, "env_steps": self.step, "args": vars(self.args) | own}
         try:
             with open(f"{self.dir}/checkpoint.tmp", "wb") as file:
                 torch.save(checkpoint, file)
@@ -633,8 +633,8 @@ if __name__ == "__main__":
             signal.signal(n, lambda n, _: (signal.signal(n, signal.SIG_DFL), sys.exit(128 + n)))
     try:
         args = tyro.cli(Args, description=f"{__doc__.splitlines()[0]} Run options follow --env-id.")
-        if args.resume:  # options not given come from the checkpoint
-            args = tyro.cli(Args, default=load(args.resume, {})[0])
+        # Options not given come from the checkpoint.
+        args = tyro.cli(Args, default=load(args.resume, {})[0]) if args.resume else args
         train(args)
     except Refusal as error:
         print(f"{SCRIPT}.py: {str(error).splitlines()[0]}", file=sys.stderr)

@@ -321,7 +321,7 @@ def difference(a, b):
     if not parts.sum():
         return gap, gap, gap
     freedom = parts.sum() ** 2 / sum(p**2 / (len(x) - 1) for p, x in zip(parts, (a, b)) if p)
-    half = T[min(int(freedom), len(T)) - 1] * parts.sum() ** 0.5
+    half = T[min(int(freedom + 1e-9), len(T)) - 1] * parts.sum() ** 0.5
     return gap, gap - half, gap + half
 
 

@@ -1,8 +1,10 @@
-"""Train stable-baselines3 on a row of returns.toml, with rl-zoo's settings and our evaluations.
+"""Train stable-baselines3: for returns.py with our evaluations, for speed.py by the clock.
 
-python benchmarks/peer.py ppo CartPole-v1 100000 201
+python benchmarks/peer.py ppo CartPole-v1 100000 201   a row of returns.toml, and a seed
+python benchmarks/peer.py '{"algorithm": "PPO", ...}'  the arguments of speed
 """
 
+import json
 import sys
 import tempfile
 import time
@@ -22,7 +24,21 @@ from stable_baselines3.common.vec_env import VecNormalize, sync_envs_normalizati
 TABLE = tomllib.loads(Path(__file__).with_name("returns.toml").read_text(encoding="utf-8"))
 
 
-def train(algorithm, env_id, steps, seed, normalize=False, n_envs=1, noise_std=0.0, **settings):
+def build(algorithm, env, seed, noise_std=0.0, **settings):
+    """The model, from settings in rl-zoo's notation."""
+    if noise_std:
+        zeros = np.zeros(env.action_space.shape)
+        settings["action_noise"] = NormalActionNoise(zeros, zeros + noise_std)
+    for name, value in settings.items():  # lin_0.1 falls linearly from 0.1 to 0
+        if isinstance(value, str) and value.startswith("lin_"):
+            settings[name] = lambda left, first=float(value[4:]): left * first
+    if settings.get("policy_kwargs", {}).get("activation_fn") == "ReLU":
+        settings["policy_kwargs"]["activation_fn"] = torch.nn.ReLU
+    kind = getattr(stable_baselines3, algorithm)
+    return kind("MlpPolicy", env, seed=seed, device="cpu", **settings)
+
+
+def train(algorithm, env_id, steps, seed, normalize=False, n_envs=1, **settings):
     """Final return and deviation of 100 episodes, steps, seconds, curve of 20 evaluations of ten."""
     torch.set_num_threads(1)
     env = make_vec_env(env_id, n_envs, seed=seed)
@@ -30,17 +46,8 @@ def train(algorithm, env_id, steps, seed, normalize=False, n_envs=1, noise_std=0
     if normalize:
         env = VecNormalize(env, gamma=settings.get("gamma", 0.99))
         test = VecNormalize(test, training=False, norm_reward=False)
-    if noise_std:
-        zeros = np.zeros(env.action_space.shape)
-        settings["action_noise"] = NormalActionNoise(zeros, zeros + noise_std)
-    for name, value in settings.items():  # rl-zoo's notation for linear decay
-        if isinstance(value, str) and value.startswith("lin_"):
-            settings[name] = lambda left, first=float(value[4:]): left * first
-    if settings.get("policy_kwargs", {}).get("activation_fn") == "ReLU":
-        settings["policy_kwargs"]["activation_fn"] = torch.nn.ReLU
-    kind = getattr(stable_baselines3, algorithm)
     began = time.time()
-    model = kind("MlpPolicy", env, seed=seed, device="cpu", **settings)
+    model = build(algorithm, env, seed, **settings)
     with tempfile.TemporaryDirectory() as logs:
         evaluations = EvalCallback(
             test,
@@ -59,7 +66,21 @@ def train(algorithm, env_id, steps, seed, normalize=False, n_envs=1, noise_std=0
     return f"{mean:.2f}|{std:.2f}|{model.num_timesteps}|{time.time() - began:.1f}|{text}"
 
 
+def speed(env, steps, seed, threads, episodes, n_envs=1, **settings):
+    """Steps per second of learn(), with a log; then the mean return of so many episodes."""
+    torch.set_num_threads(threads)
+    env = make_vec_env(env, n_envs, seed=seed)
+    with tempfile.TemporaryDirectory() as logs:
+        model = build(env=env, seed=seed, tensorboard_log=logs, **settings)
+        start = time.time()
+        model.learn(steps)
+        seconds = time.time() - start
+    return model.num_timesteps / seconds, evaluate_policy(model, env, episodes)[0]
+
+
 if __name__ == "__main__":
+    if len(sys.argv) == 2:
+        sys.exit(print(json.dumps(speed(**json.loads(sys.argv[1])))))
     script, env_id, steps, seed = sys.argv[1:]
     names = script, env_id, int(steps)
     row = next(row for row in TABLE["row"] if (row["script"], row["env"], row["steps"]) == names)

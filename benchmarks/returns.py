@@ -151,9 +151,8 @@ def stale(row, table, peer=False):
 
 def run_missing(arguments):
     """What is asked for and not in the table."""
-    stands_on = commit(
-        "benchmarks/returns.toml", *{f"{row['script']}.py" for row in rows(arguments)}
-    )
+    files = "benchmarks/returns.toml", "benchmarks/peer.py"
+    stands_on = commit(*files, *{f"{row['script']}.py" for row in rows(arguments)})
     table, jobs = read(RESULTS), []
     for row in rows(arguments):
         if arguments.peer and "peer" not in row:
@@ -283,6 +282,12 @@ def bootstrap(statistic, *groups, repeats=2000):
     return np.percentile(found, [2.5, 97.5])
 
 
+def with_interval(statistic, *groups, digits=3):
+    """The statistic and its interval, as text."""
+    low, high = bootstrap(statistic, *groups)
+    return f"{statistic(*groups):.{digits}f} ({low:.{digits}f} to {high:.{digits}f})"
+
+
 def mean_better(ours, theirs):
     """The probability of improvement, averaged over rows, of (rows, seeds) arrays."""
     return np.mean([better(*pair) for pair in zip(ours, theirs, strict=True)])
@@ -341,10 +346,10 @@ def aggregates(results):
     whole = [result for result in results if len(result["values"]) >= FIVE]
     if whole:
         ours = np.array([score(r["row"], r["values"][:FIVE]) for r in whole])
-        low, high = bootstrap(interquartile_mean, ours)
         lines += [
-            f"Interquartile mean of the scores of {len(ours)} rows, the first five seeds of each: "
-            f"{interquartile_mean(ours):.3f} ({low:.3f} to {high:.3f})."
+            f"Scores of {len(ours)} rows, the first five seeds of each: "
+            f"interquartile mean {with_interval(interquartile_mean, ours)}, which leaves out the "
+            f"best and the worst quarter of all runs; mean {with_interval(np.mean, ours)}."
         ]
     if not any(len(result["peer"]) for result in results):
         lines += ["stable-baselines3 has not been run yet."]
@@ -352,16 +357,16 @@ def aggregates(results):
     if both:
         ours = np.array([score(r["row"], r["values"][:FIVE]) for r in both])
         theirs = np.array([score(r["row"], r["peer"]) for r in both])
-        parts = []
-        for name, scores in ("ours", ours), ("stable-baselines3", theirs):
-            low, high = bootstrap(interquartile_mean, scores)
-            parts.append(f"{name} {interquartile_mean(scores):.3f} ({low:.3f} to {high:.3f})")
-        low, high = bootstrap(mean_better, ours, theirs)
+        parts = [
+            f"{name} {with_interval(interquartile_mean, scores)} and {with_interval(np.mean, scores)}"
+            for name, scores in (("ours", ours), ("stable-baselines3", theirs))
+        ]
+        chance = with_interval(mean_better, ours, theirs, digits=2)
         lines += [
             f"On the {len(both)} rows of {sum('peer' in r['row'] for r in whole)} that "
-            f"stable-baselines3 has run so far: {', '.join(parts)}. "
-            f"A run of ours returns more than one of the peer's with probability "
-            f"{mean_better(ours, theirs):.2f} ({low:.2f} to {high:.2f}), the mean over these rows."
+            f"stable-baselines3 has run so far, interquartile mean and mean: {'; '.join(parts)}. "
+            f"A run of ours returns more than "
+            f"one of the peer's with probability {chance}, the mean over these rows."
         ]
     return lines
 

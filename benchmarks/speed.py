@@ -1,15 +1,17 @@
-"""Steps per second and time to a return, beside stable-baselines3 or pycma with the same settings.
+"""Steps per second, time to a return and memory, beside stable-baselines3 or pycma.
 
-    python benchmarks/speed.py                  rows of speed.toml that are missing or stale
-    python benchmarks/speed.py --only dqn       those of them whose name contains dqn
+    python benchmarks/speed.py                  what speed.toml asks for and is not measured yet
+    python benchmarks/speed.py --only dqn       the rows whose name contains dqn
     python benchmarks/speed.py --report         the tables of README.md; measures nothing
 
-The two sides take turns, A B A B ..., each in a process of its own, so that a machine whose speed
-drifts treats both alike. Steps per second are those of the training loop, logging to TensorBoard on
-both sides, without evaluation or checkpoints: of ours the last charts/SPS, of theirs learn(). A
-cold start is everything, from the start of the process to the end of the evaluation. Run nothing
-beside it. Each row goes to results/speed.json as it is measured, with a hash of the script and the
-row; it is measured once, and again only after one of these has changed.
+A row is measured in turns. In each turn the two sides run one after the other, each in a process of
+its own, so that a machine whose speed drifts treats both alike. Steps per second are those of the
+training loop, with logging to TensorBoard, without evaluation or checkpoints: of ours the last
+charts/SPS, of theirs learn(). A cold start is everything, from the start of the process to the end
+of the evaluation. Run nothing beside it.
+
+Each turn is a line of results/speed.csv, so that an interrupted call goes on where it was. It is
+measured once, and again only if the script, the row or what measures the peer has changed.
 """
 
 import argparse
@@ -24,181 +26,106 @@ import tomllib
 from types import SimpleNamespace
 
 import numpy as np
-from runner import HERE, ROOT, scalars, sha, write_between
+from runner import HERE, ROOT, append, commit, machine, read, scalars, sha, write_between
 
-RESULTS = HERE / "results/speed.json"
+RESULTS = HERE / "results/speed.csv"
+TABLE = tomllib.loads((HERE / "speed.toml").read_text(encoding="utf-8"))
+SHORT = "--eval-episodes 1 --checkpoint-every 0"
+PINS = (HERE / "requirements.txt").read_text(encoding="utf-8")
 
 
-def ours(row, threads, extra="", processes=0):
-    """One run of our script: its speed in steps per second, what it printed, and what it took."""
+def measured(line, threads):
+    """Run a command: its last line, the seconds it took and the most megabytes that it held."""
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+    start = time.time()
+    process = subprocess.Popen(line, stdout=subprocess.PIPE, text=True, env=environment)
+    output = process.stdout.read()
+    _, status, usage = os.wait4(process.pid, 0)
+    if status:
+        raise RuntimeError(f"{shlex.join(line)}\nfailed")
+    return output.splitlines()[-1], time.time() - start, usage.ru_maxrss / 1024
+
+
+def ours(row, extra="", processes=0, threads=1):
+    """One run of our script: what it logged and printed, and what it took."""
     launcher = f"-m torch.distributed.run --standalone --nproc-per-node {processes}"
     with tempfile.TemporaryDirectory() as run_dir:
         line = f"{sys.executable} {launcher if processes else ''} {ROOT}/{row['script']}.py"
         line += f" --env-id {row['env']} {row['options']} --run-dir {run_dir} {extra}"
-        environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
-        start = time.time()
-        done = subprocess.Popen(
-            shlex.split(line), stdout=subprocess.PIPE, text=True, env=environment
-        )
-        output = done.stdout.read()
-        _, status, usage = os.wait4(done.pid, 0)
-        seconds = time.time() - start
-        if status:
-            sys.exit(f"{line}\nfailed")
+        last, seconds, megabytes = measured(shlex.split(line), threads)
         return SimpleNamespace(
             speed=scalars(run_dir, "charts/SPS")[1][-1],
-            length=scalars(run_dir, "charts/episodic_length")[1].mean(),
-            result=dict(pair.split("=") for pair in output.splitlines()[-1].split()),
+            lengths=scalars(run_dir, "charts/episodic_length")[1],
+            result=dict(pair.split("=") for pair in last.split()),
             seconds=seconds,
-            megabytes=usage.ru_maxrss / 1024,
+            megabytes=megabytes,
         )
 
 
-PEER = """
-import json, sys, tempfile, time
-settings = json.loads(sys.argv[1])
-import stable_baselines3, torch
-from stable_baselines3.common.env_util import make_vec_env
-from stable_baselines3.common.evaluation import evaluate_policy
-torch.set_num_threads(settings.pop("threads"))
-steps, episodes, seed = settings.pop("steps"), settings.pop("episodes"), settings.pop("seed")
-env = make_vec_env(settings.pop("env"), settings.pop("n_envs", 1), seed=seed)
-algorithm = getattr(stable_baselines3, settings.pop("algorithm"))
-if "noise_std" in settings:
-    from stable_baselines3.common.noise import NormalActionNoise
-    zeros = 0 * env.action_space.high
-    settings["action_noise"] = NormalActionNoise(zeros, zeros + settings.pop("noise_std"))
-with tempfile.TemporaryDirectory() as logs:
-    model = algorithm("MlpPolicy", env, device="cpu", tensorboard_log=logs, seed=seed, **settings)
-    start = time.time()
-    model.learn(steps)
-    seconds = time.time() - start
-mean = evaluate_policy(model, env, episodes)[0] if episodes else 0
-print(json.dumps([model.num_timesteps / seconds, mean]))
-"""
+def peer(row, seed, threads=1, episodes=0):
+    """The same of the peer: steps per second, mean return of so many episodes, what it took."""
+    settings = {"env": row["env"], "steps": row.get("steps"), "seed": seed}
+    if "population" in row["peer"]:
+        file = "pycma.py"
+    else:
+        file, settings = "peer.py", settings | {"threads": threads, "episodes": episodes}
+    line = [sys.executable, "-W", "ignore", f"{HERE}/{file}", json.dumps(settings | row["peer"])]
+    last, seconds, megabytes = measured(line, threads)
+    speed, mean = json.loads(last)
+    return SimpleNamespace(speed=speed, mean=mean, seconds=seconds, megabytes=megabytes)
 
 
-# One candidate at a time: pycma's loop of ask and tell, and a policy of one hidden layer in numpy.
-PYCMA = """
-import json, sys, time
-import cma, gymnasium, numpy as np
-settings = json.loads(sys.argv[1])
-env, hidden, steps = gymnasium.make(settings["env"]), settings["hidden"], 0
-i, o = env.observation_space.shape[0], int(env.action_space.n)
-def fitness(theta):
-    global steps
-    first, second = np.split(theta, [(i + 1) * hidden])
-    first, second = first.reshape(i + 1, hidden), second.reshape(hidden + 1, o)
-    (obs, _), total, over = env.reset(), 0.0, False
-    while not over:
-        action = (np.tanh(obs @ first[:i] + first[i]) @ second[:hidden] + second[hidden]).argmax()
-        obs, reward, terminated, truncated, _ = env.step(action)
-        total, steps, over = total + reward, steps + 1, terminated or truncated
-    return total
-options = {"popsize": settings["population"], "verbose": -9, "seed": 1}
-es = cma.CMAEvolutionStrategy(np.zeros((i + 1) * hidden + (hidden + 1) * o), 1.0, options)
-start = time.time()
-while steps < settings["steps"]:
-    candidates = es.ask()
-    es.tell(candidates, [-fitness(theta) for theta in candidates])
-print(json.dumps([steps / (time.time() - start), 0]))
-"""
+def speed_turn(row, turn):
+    """Steps per second of both. In a search, of the steps before each episode's first end."""
+    threads = row["threads"]
+    run = ours(row, f"--seed {turn} --total-timesteps {row['steps']} {SHORT}", threads=threads)
+    speed = run.speed
+    if "population" in row.get("peer", ()):  # one log entry a generation
+        played = row["peer"]["population"] * run.lengths.sum()
+        speed *= played / int(run.result["env_steps"])
+    if "peer" not in row:
+        return {"a": speed}
+    return {"a": speed, "b": peer(row, turn, threads).speed}
 
 
-def peer(row, threads, steps, episodes=0, seed=1):
-    """One run of the peer: steps per second, return, seconds from start to end, megabytes."""
-    settings = {"env": row["env"], "steps": steps, "threads": threads, **row["peer"]}
-    line = [
-        sys.executable,
-        "-W",
-        "ignore",
-        "-c",
-        PYCMA if "population" in row["peer"] else PEER,
-        json.dumps({**settings, "episodes": episodes, "seed": seed}),
-    ]
-    start = time.time()
-    done = subprocess.Popen(line, stdout=subprocess.PIPE, text=True)
-    output = done.stdout.read()
-    _, status, usage = os.wait4(done.pid, 0)
-    if status:
-        sys.exit(f"{row['name']}: the peer failed")
-    return *json.loads(output.splitlines()[-1]), time.time() - start, usage.ru_maxrss / 1024
-
-
-def alone(row):
-    """Steps per second of the environment with random actions and nothing else."""
+def alone_turn(row, turn):
+    """Steps per second of the environment with random actions and nothing else, and of a run."""
     import gymnasium
 
     env = gymnasium.make(row["env"])
-    env.reset(seed=1)
-    env.action_space.seed(1)
+    env.reset(seed=turn)
+    env.action_space.seed(turn)
     actions = [env.action_space.sample() for _ in range(row["steps"])]
     start = time.time()
     for action in actions:
         _, _, terminated, truncated, _ = env.step(action)
         if terminated or truncated:
             env.reset()
-    return row["steps"] / (time.time() - start)
+    speed = row["steps"] / (time.time() - start)
+    run = ours(row, f"--seed {turn} --total-timesteps {row['steps']} {SHORT}")
+    return {"a": speed, "b": run.speed}
 
 
-def spread(values, form="{:,.0f}"):
-    """Median, and least to most."""
-    low, middle, high = np.percentile(values, [0, 50, 100])
-    return f"{form.format(middle)} ({form.format(low)} to {form.format(high)})"
+def processes_turn(row, turn):
+    """Steps per second of two processes or workers, and of one."""
+    extra = f"--seed {turn} --total-timesteps {row['steps']} {SHORT}"
+    if row["script"] == "a3c":
+        two, one = (ours(row, f"{extra} --workers {count}") for count in (2, 1))
+    else:
+        two, one = (ours(row, extra, count) for count in (2, 1))
+    return {"a": two.speed, "b": one.speed}
 
 
-SHORT = "--eval-episodes 1 --checkpoint-every 0"
+def growth_turn(row, turn):
+    """Steps per second with each value of an option."""
+    extra = f"--seed {turn} --total-timesteps {row['steps']} {SHORT} {row['option']}"
+    return {value: ours(row, f"{extra} {value}").speed for value in row["values"]}
 
 
-def speed_row(row, repeats):
-    a, b = [], []
-    for seed in range(1, repeats + 1):  # what a search meets on its way depends on it
-        extra = f"--seed {seed} --total-timesteps {row['steps']} {SHORT}"
-        a.append(ours(row, row["threads"], extra).speed)
-        if "peer" in row:
-            b.append(peer(row, row["threads"], row["steps"])[0])
-    theirs = [spread(b), spread(np.divide(a, b), "{:.1f}")] if b else ["", ""]
-    return [spread(a), *theirs]
-
-
-def alone_row(row, repeats):
-    a, b = [], []
-    for _ in range(repeats):
-        a.append(ours(row, 1, f"--total-timesteps {row['steps']} {SHORT}").speed)
-        b.append(alone(row))
-    return [spread(a), spread(b), spread(np.divide(b, a), "{:.2f}")]
-
-
-def ranks_row(row, repeats):
-    """Candidates per second of the same search by one process or more, bit for bit the same."""
-    a, b = [], []
-    for _ in range(repeats):
-        for values, processes in ((a, 2), (b, 1)):
-            run = ours(row, 1, f"--total-timesteps {row['steps']} {SHORT}", processes)
-            values.append(run.speed / run.length)
-    return [spread(a), spread(b), spread(np.divide(a, b), "{:.2f}")]
-
-
-def growth_row(row, repeats):
-    """Steps per second as one option grows, or the number of processes; medians."""
-    cells = []
-    for value in row["values"]:
-        processes, option = 0, f"{row['option']} {value}"
-        if row["option"] == "processes":
-            processes, option = value, ""
-        extra = f"--total-timesteps {row['steps']} {SHORT} {option}"
-        runs = [ours(row, 1, extra, processes).speed for _ in range(repeats)]
-        cells.append(np.median(runs))
-    return [f"{cell:,.0f}" for cell in cells]
-
-
-def memory_row(row, _):
-    """Peak memory of a short run and, where there is one, of the peer's."""
-    a = ours(row, 1, f"--total-timesteps {row['steps']} {SHORT}").megabytes
-    if "peer" not in row:
-        return [f"{a:,.0f}", "", ""]
-    b = peer(row, 1, row["steps"])[3]
-    return [f"{a:,.0f}", f"{b:,.0f}", f"{b / a:.1f}"]
+def memory_turn(row, turn):
+    """Peak memory of a short run of both, in megabytes."""
+    found = {"a": ours(row, f"--total-timesteps {row['steps']} {SHORT}").megabytes}
+    return found | ({"b": peer(row, turn).megabytes} if "peer" in row else {})
 
 
 # What a full buffer costs beside its transitions, by the resident memory of the process.
@@ -220,125 +147,202 @@ print(json.dumps([(resident() - before) / 1e6, bytes / 1e6]))
 """
 
 
-def buffer_row(row, _):
+def buffer_turn(row, _):
     """Megabytes that a million HalfCheetah transitions take, and those of their numbers alone."""
-    line = [sys.executable, "-c", BUFFER, str(ROOT)]
-    a, b = json.loads(subprocess.run(line, stdout=subprocess.PIPE, check=True).stdout)
-    return [f"{a:,.0f}", f"{b:,.0f}", f"{a / b:.2f}"]
+    last, _, _ = measured([sys.executable, "-c", BUFFER, str(ROOT)], 1)
+    return dict(zip("ab", json.loads(last), strict=True))
 
 
-COLD_SEEDS = range(321, 331)
-
-
-def cold_row(row, _):
-    a, b, returns, theirs = [], [], [], []
+def cold_turn(row, seed):
+    """Seconds from the start of a process to the end of its evaluation, and the mean return."""
     threads = row.get("threads", 1)
-    for seed in COLD_SEEDS:
-        run = ours(row, threads, f"--seed {seed}")
-        a.append(run.seconds)
-        returns.append(float(run.result["eval_return_mean"]))
-        if "peer" in row:
-            settings = {name: value for name, value in row["peer"].items() if name != "steps"}
-            asked = {**row, "peer": settings}
-            _, mean, seconds, _ = peer(asked, threads, row["peer"]["steps"], 20, seed)
-            b.append(seconds)
-            theirs.append(mean)
-    print(f"  {row['name']}: returns {returns} and the peer's {theirs}")
+    run = ours(row, f"--seed {seed}", threads=threads)
+    found = {"a": run.seconds, "return": float(run.result["eval_return_mean"])}
+    found["steps"] = int(run.result["env_steps"])
+    if "peer" in row:
+        theirs = peer(row, seed, threads, episodes=20)
+        found |= {"b": theirs.seconds, "their_return": theirs.mean}
+    return found
+
+
+def spread(values, form="{:,.0f}"):
+    """Median, and least to most."""
+    if not len(values):
+        return ""
+    low, middle, high = np.percentile(values, [0, 50, 100])
+    text = form.format(middle)
+    return text if len(values) == 1 else f"{text} ({form.format(low)} to {form.format(high)})"
+
+
+def pair(row, found):
+    """Cells of two sides and their ratio, and the numbers that goals are about."""
+    a, b = found["a"], found.get("b", [])
+    ratio = np.divide(a, b) if len(b) else []
+    numbers = {"a": np.median(a)} | ({"ratio": np.median(ratio)} if len(b) else {})
+    return [spread(a), spread(b), spread(ratio, "{:.2f}")], numbers
+
+
+def grown(row, found):
+    """Cells of one number for each value of an option: the median."""
+    return [f"{np.median(values):,.0f}" for values in found.values()], {}
+
+
+def cold(row, found):
+    """Cells of a cold start. The ratio says something only if ours solves as often as the peer."""
+    a, returns, b, theirs = (found.get(name, []) for name in ("a", "return", "b", "their_return"))
 
     def solved(means):
-        return f"{sum(mean >= row['threshold'] for mean in means)} of {len(means)}"
+        return sum(mean >= row["threshold"] for mean in means)
 
-    cells = [spread(a, "{:.1f}"), f"{min(returns):.0f}", solved(returns)]
-    if not b:
-        return [*cells, "", "", "", ""]
-    ratio = spread(np.divide(b, a), "{:.1f}")
-    return [*cells, spread(b, "{:.0f}"), f"{min(theirs):.0f}", solved(theirs), ratio]
+    def side(seconds, means, steps, form):
+        if not len(means):
+            return ["", "", "", ""]
+        share = f"{solved(means)} of {len(means)}"
+        return [spread(seconds, form), f"{steps:,}", f"{min(means):.0f}", share]
+
+    numbers = {"a": np.median(a), "least": min(returns), "ratio": 0}
+    steps = row.get("peer", {}).get("steps", 0)
+    cells = side(a, returns, int(np.median(found["steps"])), "{:.1f}")
+    cells += [*side(b, theirs, steps, "{:.0f}"), ""]
+    if len(b) and solved(returns) >= solved(theirs):
+        ratio = np.divide(b, a)
+        numbers["ratio"], cells[-1] = np.median(ratio), spread(ratio, "{:.1f}")
+    return cells, numbers
 
 
-def missed(row, cells):
-    """Whether the median in a column falls short of the row's goal; goals are by column number."""
-    medians = [cell.split(" ")[0].replace(",", "") for cell in cells]
-    short = [float(medians[int(i)]) < goal for i, goal in row.get("at_least", {}).items()]
-    over = [float(medians[int(i)]) > goal for i, goal in row.get("at_most", {}).items()]
+def missed(row, numbers):
+    """Whether a number falls short of the row's goal."""
+    short = [numbers[name] < goal for name, goal in row.get("at_least", {}).items()]
+    over = [numbers[name] > goal for name, goal in row.get("at_most", {}).items()]
     return any(short + over)
 
 
 def row_sha(row):
-    """Hash of what decides a row: the script, its options and the rest of the row but its goal."""
-    kept = {
-        name: value for name, value in row.items() if name not in ("goal", "at_least", "at_most")
-    }
-    return sha(row["script"], f"{row.get('options', '')} {sorted(kept.items())}")
+    """Hash of what decides a row: the script, all of the row but its goal, and the peer's part."""
+    kept = {key: value for key, value in row.items() if key not in ("goal", "at_least", "at_most")}
+    decides = f"{row.get('options', '')} {sorted(kept.items())}"
+    if "peer" in row:
+        file = "pycma" if "population" in row["peer"] else "peer"
+        decides += PINS + sha(f"benchmarks/{file}", "")
+    return sha(row["script"], decides)
 
 
-TABLES = {  # of speed.toml: what measures a row, what it is, and the columns
-    "row": (speed_row, "", "steps/s | of the peer | ratio | goal"),
+FIVE, COLD = range(1, 6), range(321, 331)  # the turns, which are the seeds
+TABLES = {  # of speed.toml: how to measure a turn, which turns, how to show them, heading, columns
+    "row": (speed_turn, FIVE, pair, "steps per second", "ours | peer | ratio | goal"),
     "alone": (
-        alone_row,
-        "",
-        "steps/s | of the environment alone | times as long | goal",
+        alone_turn,
+        FIVE,
+        pair,
+        "steps per second",
+        "environment alone | run | times as long | goal",
     ),
-    "ranks": (ranks_row, "", "candidates/s, 2 processes | 1 process | ratio | goal"),
+    "processes": (
+        processes_turn,
+        FIVE,
+        pair,
+        "steps per second",
+        "2 processes | 1 process | ratio | goal",
+    ),
     "cold": (
-        cold_row,
-        "",
-        "seconds from a cold start | least return | solved | sb3 | least return | solved | ratio | goal",
+        cold_turn,
+        COLD,
+        cold,
+        "from a cold start",
+        "seconds | steps | least return | solved | sb3 | steps | least return | solved | ratio | goal",
     ),
-    "buffer": (buffer_row, "", "MB | of the numbers alone | ratio | goal"),
-    "memory": (memory_row, "peak memory", "MB | sb3 | ratio"),
+    "buffer": (buffer_turn, [1], pair, "megabytes", "buffer | its numbers alone | ratio | goal"),
+    "memory": (memory_turn, [1], pair, "peak megabytes", "ours | sb3 | ratio"),
     "environments": (
-        growth_row,
-        "steps/s with so many environments or candidates",
-        "1 | 4 | 16 | 64 | 256",
+        growth_turn,
+        FIVE[:3],
+        grown,
+        "steps per second, by environments or candidates",
+        "1 (cmaes, nes: 2) | 4 | 16 | 64 | 256",
     ),
-    "hidden": (growth_row, "steps/s with so many hidden units", "32 | 64 | 128 | 256 | 512"),
-    "processes": (growth_row, "steps/s of so many processes", "1 | 2"),
+    "hidden": (
+        growth_turn,
+        FIVE[:3],
+        grown,
+        "steps per second, by hidden units",
+        "32 | 64 | 128 | 256 | 512",
+    ),
 }
 
 
-def table(kind, rows, measured):
-    """The table of a kind of row, as lines; empty if nothing of it was measured."""
-    _, title, columns = TABLES[kind]
-    lines = [f"| {title} | {columns} |", "|---" * (columns.count("|") + 2) + "|"]
-    for row in rows:
-        found = measured.get(row["name"])
-        if found:
-            goal = (
-                [row["goal"] + ": **missed**" * missed(row, found["cells"])]
-                if "goal" in row
-                else []
-            )
-            stale = "" if found["sha"] == row_sha(row) else " (stale)"
-            lines.append(f"| {' | '.join([row['name'] + stale, *found['cells'], *goal])} |")
+def lines_of(row, table):
+    """The turns of a row that stand on today's code and options: {turn: values}."""
+    now, found = row_sha(row), {}
+    for line in table:
+        if (line["row"], line["sha"]) == (row["name"], now):
+            pairs = [pair.split(":") for pair in line["values"].split()]
+            found[int(line["turn"])] = {name: float(value) for name, value in pairs}
+    return found
+
+
+def table_text(kind, table):
+    """The table of a kind of row, as lines; empty if no row of it has all its turns."""
+    _, turns, cells_of, heading, columns = TABLES[kind]
+    lines = [f"| {heading} | {columns} |", "|---" * (columns.count("|") + 2) + "|"]
+    for row in TABLE[kind]:
+        found = lines_of(row, table)
+        if set(turns) <= set(found):
+            names = found[turns[0]]
+            cells, numbers = cells_of(row, {n: [found[t][n] for t in turns] for n in names})
+            if "goal" in columns:
+                cells += [row.get("goal", "") + ": **missed**" * missed(row, numbers)]
+            lines.append(f"| {' | '.join([row['name'], *cells])} |")
     return [*lines, ""] if len(lines) > 2 else []
 
 
 def texts():
     """What README.md says between its markers."""
-    rows = tomllib.loads((HERE / "speed.toml").read_text(encoding="utf-8"))
-    measured = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else {}
-    lines = [line for kind in TABLES for line in table(kind, rows[kind], measured)]
+    table = read(RESULTS)
+    lines = [line for kind in TABLES for line in table_text(kind, table)]
+    missing = sum(
+        not set(turns) <= set(lines_of(row, table))
+        for kind, (_, turns, *_) in TABLES.items()
+        for row in TABLE[kind]
+    )
+    if missing:
+        lines += [f"{missing} of {sum(map(len, TABLE.values()))} rows are not measured yet.", ""]
     return HERE / "README.md", "speed", lines[:-1]
 
 
+def measure(only):
+    """Every turn that is missing, of the rows whose name contains only."""
+    failed = 0
+    for kind, (turn_of, turns, *_) in TABLES.items():
+        for row in TABLE[kind]:
+            found = lines_of(row, read(RESULTS))
+            for turn in turns:
+                if only not in row["name"] or turn in found:
+                    continue
+                files = "speed.py", "speed.toml", "peer.py", "pycma.py", "requirements.txt"
+                stands_on = commit(f"{row['script']}.py", *(f"benchmarks/{file}" for file in files))
+                try:
+                    values = turn_of(row, turn)
+                except RuntimeError as error:
+                    print(error, file=sys.stderr)
+                    failed += 1
+                    break
+                text = " ".join(f"{name}:{value:.6g}" for name, value in values.items())
+                line = {"row": row["name"], "turn": turn, "values": text, "sha": row_sha(row)}
+                append(RESULTS, line | {"commit": stands_on, "by": machine()})
+                print(row["name"], turn, text, flush=True)
+    return failed
+
+
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--only", default="", help="rows whose name contains this")
-    parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--report", action="store_true", help="write the tables; measure nothing")
     arguments = parser.parse_args()
-    rows = tomllib.loads((HERE / "speed.toml").read_text(encoding="utf-8"))
-    measured = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else {}
-    for kind, (measure, *_) in TABLES.items():
-        for row in rows[kind]:
-            name = row["name"]
-            done = name in measured and measured[name]["sha"] == row_sha(row)
-            if arguments.report or done or arguments.only not in name:
-                continue
-            measured[name] = {"cells": measure(row, arguments.repeats), "sha": row_sha(row)}
-            print(name, *measured[name]["cells"], sep=" | ", flush=True)
-            RESULTS.write_text(json.dumps(measured, indent=1) + "\n", encoding="utf-8")
+    failed = 0 if arguments.report else measure(arguments.only)
     write_between(*texts())
+    sys.exit(failed > 0)
 
 
 if __name__ == "__main__":

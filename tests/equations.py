@@ -94,7 +94,7 @@ def shown(path, name, starts):
 
 def excerpt(path, numbers):
     """The text of these lines. Only a line that is further in than the one above it keeps that."""
-    runs = []
+    runs, indent = [], ""
     for n in numbers:
         line = source(path)[n - 1]
         inside = runs and n - 1 in numbers and line.startswith(indent)

@@ -139,18 +139,64 @@ def test_runs_that_ended_in_any_order_stand_in_the_order_of_their_seeds(monkeypa
 
 
 def test_every_row_of_the_speeds_can_be_run():
-    for rows in tomllib.loads(
-        (ROOT / "benchmarks/speed.toml").read_text(encoding="utf-8")
-    ).values():
-        for row in rows:
-            tyro.cli(module(row["script"]).Args, args=shlex.split(row.get("options", "")))
+    assert speed.TABLE.keys() == speed.TABLES.keys()
+    rows = [row for rows in speed.TABLE.values() for row in rows]
+    assert len({row["name"] for row in rows}) == len(rows)
+    for row in rows:
+        given = [f"{row['option']} {value}" for value in row["values"]] if "values" in row else [""]
+        for options in given:
+            line = shlex.split(f"{row.get('options', '')} {options}")
+            arguments = tyro.cli(module(row["script"]).Args, args=line)
+            hidden = "--hidden" in row.get("options", "") or row.get("option") == "--hidden"
+            assert not hidden or getattr(arguments, "layers", 1), "units in no layer"
 
 
-def test_a_goal_is_missed_where_the_median_misses_it():
-    cells = ["1,200 (900 to 1,300)", "", "2.9 (2.0 to 4.0)"]
-    assert speed.missed({"at_least": {"2": 3}}, cells)
-    assert speed.missed({"at_least": {"0": 1000}, "at_most": {"2": 2}}, cells)
-    assert not speed.missed({"at_least": {"0": 1200}, "at_most": {"2": 2.9}}, cells)
+def test_the_cells_of_a_speed_and_of_a_cold_start():
+    found = {"a": [30, 10, 20], "b": [10, 10, 5]}
+    cells, numbers = speed.pair({}, found)
+    assert cells == ["20 (10 to 30)", "10 (5 to 10)", "3.00 (1.00 to 4.00)"]
+    assert numbers == {"a": 20, "ratio": 3}
+    assert speed.missed({"at_least": {"ratio": 3.001}}, numbers)
+    assert speed.missed({"at_least": {"a": 20}, "at_most": {"ratio": 2}}, numbers)
+    assert not speed.missed({"at_least": {"a": 20}, "at_most": {"ratio": 3}}, numbers)
+    row = {"threshold": 475, "peer": {"steps": 100}}
+    found = {"a": [4, 8], "return": [500, 480], "steps": [50, 50]}
+    cells, numbers = speed.cold(row, found | {"b": [40, 40], "their_return": [500, 100]})
+    assert cells[1:4] == ["50", "480", "2 of 2"] and cells[5:8] == ["100", "100", "1 of 2"]
+    assert numbers == {"a": 6, "least": 480, "ratio": 7.5} and cells[8] == "7.5 (5.0 to 10.0)"
+    cells, numbers = speed.cold(row, found | {"b": [40, 40], "their_return": [500, 500]})
+    assert cells[8] and numbers["ratio"]
+    found["return"] = [500, 474.9]
+    cells, numbers = speed.cold(row, found | {"b": [40, 40], "their_return": [500, 500]})
+    assert not cells[8] and not numbers["ratio"], "faster to a worse policy is not faster"
+
+
+def test_speeds_are_kept_turn_by_turn_for_todays_code_only(tmp_path, monkeypatch):
+    row = {"name": "x", "script": "ppo", "env": "CartPole-v1", "steps": 1, "options": ""}
+    asked, failing = [], []
+
+    def turn_of(row, turn):
+        asked.append(turn)
+        if turn in failing:
+            raise RuntimeError("no")
+        return {"a": turn, "b": 2}
+
+    monkeypatch.setattr(speed, "TABLE", {"row": [row]})
+    heads = "steps", "ours | peer | ratio | goal"
+    monkeypatch.setattr(speed, "TABLES", {"row": (turn_of, range(1, 4), speed.pair, *heads)})
+    monkeypatch.setattr(speed, "RESULTS", tmp_path / "speed.csv")
+    monkeypatch.setattr(speed, "commit", lambda *files: "now")
+    failing.append(2)
+    assert speed.measure("") == 1 and asked == [1, 2]
+    assert speed.texts()[2] == ["1 of 1 rows are not measured yet."]
+    failing.clear()
+    assert speed.measure("y") == 0 and speed.measure("x") == 0 and asked == [1, 2, 2, 3]
+    assert speed.texts()[2][-1] == "| x | 2 (1 to 3) | 2 (2 to 2) | 1.00 (0.50 to 1.50) |  |"
+    row["goal"] = "a goal changes nothing that was measured"
+    row["at_least"] = {"ratio": 1.1}
+    assert speed.texts()[2][-1].endswith("measured: **missed** |")
+    row["steps"] = 2
+    assert speed.texts()[2] == ["1 of 1 rows are not measured yet."]
 
 
 def test_statistics_by_hand():

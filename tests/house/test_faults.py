@@ -8,6 +8,7 @@ import threading
 import time
 
 import envs
+import gymnasium as gym
 import numpy as np
 import pytest
 import torch
@@ -232,6 +233,26 @@ def test_numbers_of_every_precision_are_checked(kind):
             with pytest.raises(ppo.Refusal):
                 ppo.check_finite("x", {"a": [x]})
     ppo.check_finite("x", [kind(1), np.ones(3, kind), torch.ones(3), 1.0, 2, "nan", None])
+
+
+class Wide(envs.Constant):
+    """Numbers of half precision, finite, whose sum is not."""
+
+    def __init__(self, action_space):
+        super().__init__()
+        self.action_space = action_space
+        self.observation_space = gym.spaces.Box(-1e4, 1e4, (10,), np.float16)
+
+    def obs(self):
+        return np.full(10, 9e3, np.float16)
+
+
+@every_script
+def test_finite_numbers_whose_sum_is_too_large_for_their_kind_pass(name, tmp_path):
+    action_space = gym.make(env_id(name)).action_space
+    gym.registry.pop("Wide-v0", None)
+    gym.register("Wide-v0", lambda: Wide(action_space), disable_env_checker=True)
+    train(name, tmp_path, env_id="Wide-v0", total_timesteps=200)
 
 
 # Errors

@@ -183,6 +183,13 @@ def test_atari_is_four_grey_frames_the_newest_last(name):
             obs = env.step(t % 6)[0]
 
 
+@pytest.mark.parametrize("env_id", [f"ale_py:{PONG}", "ale_py:PongNoFrameskip-v4"])
+def test_atari_is_prepared_whatever_its_name(env_id):
+    for name in IMAGES:
+        with module(name).make_env(module(name).Args(env_id=env_id)) as env:
+            assert env.observation_space.shape == (4, 84, 84)
+
+
 @pytest.mark.parametrize("name", VECTOR)
 def test_training_sees_the_pixels_that_evaluation_sees(name, tmp_path, monkeypatch):
     """And the checks of what is drawn: no environment of training is vectorised natively."""

@@ -1,5 +1,6 @@
 """The scripts called from other code: in a sweep, a thread, a pool, with numbers of other kinds."""
 
+import contextlib
 import multiprocessing
 import re
 import signal
@@ -10,8 +11,8 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, SCRIPTS, command, module
-from runs import TORCHRUN, args, env_id, every_script, load, refused, train
+from conftest import ROOT, SCRIPTS, SOURCES, command, module
+from runs import TORCHRUN, VECTOR, args, env_id, every_script, load, logged, refused, train
 
 
 @every_script
@@ -106,6 +107,32 @@ def test_a_policy_acts_on_batches_of_any_kind_of_number(name, tmp_path):
         np.testing.assert_allclose(policy.act(given), actions, atol=1e-5)
     one = [policy.act(row[None])[0] for row in obs]
     np.testing.assert_allclose(one, actions, atol=1e-5)
+
+
+SEARCH = [name for name in SCRIPTS if "def make_candidates" in SOURCES[name]]
+ALONE = [name for name in SCRIPTS if name not in VECTOR or name in SEARCH]
+
+
+@pytest.mark.parametrize("name", ALONE)
+def test_a_wrapper_in_make_env_is_there_in_training_too(name, tmp_path, monkeypatch):
+    """One that leaves the observations alone: a reward of 1 becomes 1001."""
+    make, wrap = module(name).make_env, gym.wrappers.TransformReward
+    monkeypatch.setattr(
+        module(name), "make_env", lambda *given: wrap(make(*given), lambda reward: reward + 1000)
+    )
+    returns = train(name, tmp_path, env_id=env_id(name, "Constant"), total_timesteps=200)
+    assert returns.tolist() == [1001] * 3
+    assert set(logged(tmp_path)["charts/episodic_return"]) == {1001}
+
+
+@pytest.mark.parametrize("name", SEARCH)
+def test_only_the_environment_that_is_recorded_is_drawn(name):
+    """The candidates' are not: of many environments each would hold a renderer."""
+    options = module(name).Args(env_id="Acrobot-v1", capture_video=True)
+    with module(name).make_env(options) as env, contextlib.ExitStack() as stack:
+        assert env.render_mode == "rgb_array"
+        for candidate in module(name).make_candidates(stack, env, options, 2):
+            assert candidate.render_mode is None
 
 
 # Options

@@ -15,6 +15,7 @@ from runs import (
     args,
     env_id,
     every_script,
+    has,
     learned,
     load,
     logged,
@@ -148,7 +149,7 @@ def test_a_resume_takes_the_options_of_the_checkpoint(name, tmp_path):
     status, _, err = command(name, "--resume", path, "--total-timesteps", 600)
     assert status == 0, err
     saved = load(tmp_path)
-    expected = args(name, "", seed=7, total_timesteps=600, resume=str(path))
+    expected = args(name, "", seed=7, total_timesteps=600)
     assert saved["env_steps"] >= 600 and saved["args"] == dataclasses.asdict(expected)
 
 
@@ -216,6 +217,24 @@ def test_a_resume_writes_beside_its_checkpoint_or_where_it_is_told(name, tmp_pat
     train(name, "runs/b", resume="runs/a/checkpoint.pt", total_timesteps=700)
     assert (tmp_path / "runs/a/checkpoint.pt").read_bytes() == before
     assert load(tmp_path / "runs/b")["env_steps"] >= 700
+    monkeypatch.chdir(tmp_path / "runs/b")
+    train(name, "", resume="checkpoint.pt", total_timesteps=900)
+    assert load(tmp_path / "runs/b")["env_steps"] >= 900
+    assert not list(tmp_path.glob("runs/b/runs"))
+
+
+@every_script
+def test_where_a_run_was_and_on_what_is_not_saved(name, tmp_path):
+    """So that Args(**checkpoint["args"]) is a run like it, here, on any machine."""
+    train(name, tmp_path / "a", total_timesteps=200)
+    given = args(name, tmp_path / "b", resume=str(tmp_path / "a/checkpoint.pt"))
+    given.device = "cuda"
+    run = module(name).Run(given, **{})
+    run.save()
+    run.__exit__(None, None, None)
+    saved = load(tmp_path / "b")["args"]
+    assert (saved["run_dir"], saved["resume"], saved["device"]) == ("", "", "cpu")
+    assert given.device == "cuda"
 
 
 @every_script
@@ -238,7 +257,8 @@ def test_foreign_and_damaged_checkpoints_are_refused(name, tmp_path):
     path = tmp_path / "run/checkpoint.pt"
     saved, whole = load(tmp_path / "run"), path.read_bytes()
     other = "Acrobot-v1" if env_id(name) == "Both-v0" else "Pendulum-v1"
-    for options in (["--env-id", other], ["--hidden", 5]):
+    normaliser = [["--no-norm-obs"]] if has(name, "norm_obs") else []
+    for options in (["--env-id", other], ["--hidden", 5], *normaliser):
         refused(command(name, "--resume", path, *options), path, "other options")
     torch.save({**saved, "script": "other"}, path)
     refused(command(name, "--resume", path), path, "other.py")

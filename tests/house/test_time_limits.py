@@ -1,10 +1,13 @@
 """True time limits: what the value of a state is at both kinds of end, and which steps count."""
 
+import contextlib
+
 import envs
+import numpy as np
 import pytest
 import torch
 from conftest import module
-from runs import env_id, every_script, load, logged, train
+from runs import VECTOR, env_id, every_script, load, logged, train
 
 # Options under which each script with a value function finds the values of Limits soon.
 FAST = dict(hidden=32, batch_size=64, burn_in=200, utd=1.0, learning_rate=3e-3)
@@ -53,6 +56,27 @@ def test_only_termination_ends_a_value_and_the_successor_is_the_final_observatio
     monkeypatch.setattr(run, "evaluate", look)
     train(name, tmp_path, env_id=env_id(name, "Limits"), gamma=0.5, **LIMITS[name])
     assert found == pytest.approx([2, -2, 1], abs=0.2)
+
+
+@pytest.mark.parametrize("name", VECTOR)
+@pytest.mark.parametrize("limit, first", [("-1", None), ("null", 500), ("7", 7)])
+def test_a_limit_means_the_same_to_environments_of_both_kinds(name, limit, first, tmp_path):
+    """CartPole's own vectorised version reads -1 as the end of every step, and not null."""
+    kwargs = f'{{"max_episode_steps": {limit}, "sutton_barto_reward": true}}'
+    script = module(name)
+    options = script.Args(env_id="CartPole-v1", env_kwargs=kwargs)
+    with contextlib.closing(script.make_envs(options, 2)) as envs, script.make_env(options) as env:
+        assert env.spec.max_episode_steps in (first, -1)
+        for some in (env, envs):
+            state = np.float32([0, 0, 0, 0])
+            some.reset(seed=0)
+            for t in range(1, 520):
+                for one in getattr(envs, "envs", [env]) if some is envs else [env]:
+                    one.unwrapped.state = state  # it never falls
+                *_, truncated, _ = some.step(np.zeros_like(some.action_space.sample()))
+                if np.any(truncated):
+                    break
+            assert (t if np.any(truncated) else None) == first
 
 
 @every_script

@@ -5,7 +5,6 @@ Equations and networks are the text of a2c.py (the house rules), and tested ther
 
 import multiprocessing
 import os
-import re
 import signal
 import subprocess
 import sys

@@ -231,6 +231,7 @@ def test_decaying_noise_ends_at_zero(tmp_path):
 
 
 def test_one_elite_needs_noise(tmp_path):
-    with pytest.raises(cem.Refusal, match="--rho 0.01"):
-        cem.train(options(tmp_path, "Matched-v0", 10, rho=0.01, noise=0.0))
+    for bad in (dict(rho=0.01), dict(init_var=0.0)):
+        with pytest.raises(cem.Refusal, match="--noise 0"):
+            cem.train(options(tmp_path, "Matched-v0", 10, noise=0.0, **bad))
     cem.train(options(tmp_path, "Matched-v0", 10, rho=0.01))

@@ -15,7 +15,7 @@ from conftest import ROOT
 sys.path += [str(ROOT / "benchmarks"), str(ROOT / "benchmarks/studies")]
 import runner  # noqa: E402
 import search as study  # noqa: E402
-from search import document, ellipsoid, hansen, normal, rosenbrock, sphere  # noqa: E402
+from search import document, ellipsoid, hansen, normal, rosenbrock  # noqa: E402
 
 
 def double(*values):

@@ -335,7 +335,7 @@ def test_the_statistics_are_those_of_all_that_was_acted_on(tmp_path, monkeypatch
 
 def test_policies_act_on_normalised_observations():
     """All of them, and the one that is evaluated; at first observations are as they are."""
-    args = nes.Args(env_id="CartPole-v1", hidden=4)
+    args = nes.Args(env_id="CartPole-v1", hidden=4, norm_obs=True)
     policies = nes.make_policy(nes.make_env(args), args)
     rng = np.random.default_rng(0)
     policies.mu = torch.from_numpy(rng.normal(size=len(policies.mu)).astype(np.float32))
