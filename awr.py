@@ -121,7 +121,7 @@ class Args:
     actor_learning_rate: float = 5e-5  # Adam's step size for the policy
     critic_learning_rate: float = 1e-3  # Adam's step size for the critic
     norm_obs: bool = True  # normalise observations by their running mean and standard deviation
-    init_std: float = 0.4  # constant σ of a Gaussian policy (--resume keeps it); 1: half the range
+    init_std: float = 0.4  # fixed σ of a Gaussian policy, kept on resume; 1: half an action's range
     hidden: int = 128  # units in each of the two hidden layers
 
     env_id: str = "CartPole-v1"  # gymnasium id of the environment; module:Name-v0 imports module
@@ -483,7 +483,7 @@ def train(args: Args) -> np.ndarray:
         if args.data:
             played = args.resume and not load(args.resume, {})[0].data  # and kept what it played
             if played or load(args.data, {"buffer": buffer})[0].env_id != args.env_id:
-                raise Refusal(f"--data {args.data}: not of {args.env_id}, or --resume has its own")
+                raise Refusal(f"--data {args.data}: not of {args.env_id}, or --resume holds data")
             held = buffer.tensors()[-1].sum().item()  # real steps
             args = dataclasses.replace(args, total_timesteps=min(args.total_timesteps, held))
             buffer.added = 0
@@ -608,7 +608,7 @@ def make_env(args, video=""):
 
     With --capture-video it records its episodes to the folder video, if one is given.
     """
-    faults = gym.error.Error, AssertionError, ImportError, KeyError, OSError, TypeError, ValueError
+    mistakes = gym.error.Error, AssertionError, ImportError, KeyError, TypeError, ValueError
     atari = args.env_id.startswith(("ALE/", "ale_py:"))
     render = {"render_mode": "rgb_array"} if args.capture_video else {}
     try:
@@ -619,7 +619,7 @@ def make_env(args, video=""):
         if args.capture_video:  # fail now, not after training, if it cannot render
             env.reset()
             env.render()
-    except Exception if args.capture_video else faults as error:
+    except Exception if args.capture_video else mistakes as error:
         raise Refusal(f"{args.env_id} {args.env_kwargs}: {type(error).__name__} {error}") from error
     space = env.observation_space
     image = re.search(r"\(\d+, \d+, \d+\), (uint8|bool)\)", str(space))  # is or holds one
@@ -657,7 +657,7 @@ class Run(AbstractContextManager):
         self.next_save = 0 if args.checkpoint_every else math.inf  # in seconds since the epoch
         self.seed()
         new = f"runs/{args.env_id}__{SCRIPT}__{args.seed}__{time.time():.6f}"
-        self.dir = args.run_dir or (str(Path(args.resume).parent) if args.resume else new)
+        self.dir = args.run_dir or (args.resume and str(Path(args.resume).absolute().parent)) or new
         path = os.path.abspath(f"{self.dir}/checkpoint.pt")
         if os.path.exists(path) and path != os.path.abspath(args.resume):
             raise Refusal(f"--run-dir {self.dir} holds a checkpoint: resume it, or take another")

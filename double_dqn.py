@@ -114,8 +114,8 @@ class Args:
     utd: float = 0.5  # update-to-data ratio: updates per environment step
     learning_rate: float = 1e-3  # Adam's step size
     anneal_lr: bool = True  # decrease the learning rate linearly, to 0 at --total-timesteps
-    target_every: int = 500  # K: the target network is updated once every K updates of Q
-    tau: float = 1.0  # τ: the target becomes (1 - τ) target + τ Q; 1 copies Q; if small, set K = 1
+    target_every: int = 500  # K: updates of Q between two of the target network; for small τ take 1
+    tau: float = 1.0  # τ: the target network becomes (1 - τ) target + τ Q; 1 copies Q
     loss: Literal["huber", "squared"] = "huber"  # Huber loss (--delta) or mean squared error
     delta: float = 1.0  # δ: the Huber loss is quadratic for errors up to δ, linear beyond
     max_grad_norm: float = 10.0  # clip the gradient's norm to this; 0: do not clip
@@ -495,7 +495,7 @@ def make_env(args, video=""):
 
     With --capture-video it records its episodes to the folder video, if one is given.
     """
-    faults = gym.error.Error, AssertionError, ImportError, KeyError, OSError, TypeError, ValueError
+    mistakes = gym.error.Error, AssertionError, ImportError, KeyError, TypeError, ValueError
     atari = args.env_id.startswith(("ALE/", "ale_py:"))
     render = {"render_mode": "rgb_array"} if args.capture_video else {}
     try:
@@ -506,7 +506,7 @@ def make_env(args, video=""):
         if args.capture_video:  # fail now, not after training, if it cannot render
             env.reset()
             env.render()
-    except Exception if args.capture_video else faults as error:
+    except Exception if args.capture_video else mistakes as error:
         raise Refusal(f"{args.env_id} {args.env_kwargs}: {type(error).__name__} {error}") from error
     space = env.observation_space
     image = re.search(r"\(\d+, \d+, \d+\), (uint8|bool)\)", str(space))  # is or holds one
@@ -544,7 +544,7 @@ class Run(AbstractContextManager):
         self.next_save = 0 if args.checkpoint_every else math.inf  # in seconds since the epoch
         self.seed()
         new = f"runs/{args.env_id}__{SCRIPT}__{args.seed}__{time.time():.6f}"
-        self.dir = args.run_dir or (str(Path(args.resume).parent) if args.resume else new)
+        self.dir = args.run_dir or (args.resume and str(Path(args.resume).absolute().parent)) or new
         path = os.path.abspath(f"{self.dir}/checkpoint.pt")
         if os.path.exists(path) and path != os.path.abspath(args.resume):
             raise Refusal(f"--run-dir {self.dir} holds a checkpoint: resume it, or take another")

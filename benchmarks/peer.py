@@ -80,8 +80,9 @@ def speed(env, steps, seed, threads, episodes, n_envs=1, **settings):
 
 if __name__ == "__main__":
     if len(sys.argv) == 2:
-        sys.exit(print(json.dumps(speed(**json.loads(sys.argv[1])))))
-    script, env_id, steps, seed = sys.argv[1:]
-    names = script, env_id, int(steps)
-    row = next(row for row in TABLE["row"] if (row["script"], row["env"], row["steps"]) == names)
-    print(train(env_id=env_id, steps=int(steps), seed=int(seed), **row["peer"]))
+        print(json.dumps(speed(**json.loads(sys.argv[1]))))
+    else:
+        script, env_id, steps, seed = sys.argv[1:]
+        names = script, env_id, int(steps)
+        [row] = [r for r in TABLE["row"] if (r["script"], r["env"], r["steps"]) == names]
+        print(train(env_id=env_id, steps=int(steps), seed=int(seed), **row["peer"]))

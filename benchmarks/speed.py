@@ -51,6 +51,7 @@ def ours(row, extra="", processes=0, threads=1):
     launcher = f"-m torch.distributed.run --standalone --nproc-per-node {processes}"
     with tempfile.TemporaryDirectory() as run_dir:
         line = f"{sys.executable} {launcher if processes else ''} {ROOT}/{row['script']}.py"
+        run_dir += "/run"  # ranks write beside it
         line += f" --env-id {row['env']} {row['options']} --run-dir {run_dir} {extra}"
         last, seconds, megabytes = measured(shlex.split(line), threads)
         return SimpleNamespace(
@@ -76,11 +77,11 @@ def peer(row, seed, threads=1, episodes=0):
 
 
 def speed_turn(row, turn):
-    """Steps per second of both. In a search, of the steps before each episode's first end."""
+    """Steps per second of both; of cem without what it plays on after an episode's end."""
     threads = row["threads"]
     run = ours(row, f"--seed {turn} --total-timesteps {row['steps']} {SHORT}", threads=threads)
     speed = run.speed
-    if "population" in row.get("peer", ()):  # one log entry a generation
+    if "population" in row.get("peer", ()):  # an entry of the log is the mean of about a generation
         played = row["peer"]["population"] * run.lengths.sum()
         speed *= played / int(run.result["env_steps"])
     if "peer" not in row:
@@ -198,7 +199,7 @@ def cold(row, found):
         if not len(means):
             return ["", "", "", ""]
         share = f"{solved(means)} of {len(means)}"
-        return [spread(seconds, form), f"{steps:,}", f"{min(means):.0f}", share]
+        return [spread(seconds, form), f"{steps:,}", f"{min(means):.1f}", share]
 
     numbers = {"a": np.median(a), "least": min(returns), "ratio": 0}
     steps = row.get("peer", {}).get("steps", 0)
@@ -229,7 +230,7 @@ def row_sha(row):
 
 FIVE, COLD = range(1, 6), range(321, 331)  # the turns, which are the seeds
 TABLES = {  # of speed.toml: how to measure a turn, which turns, how to show them, heading, columns
-    "row": (speed_turn, FIVE, pair, "steps per second", "ours | peer | ratio | goal"),
+    "row": (speed_turn, FIVE, pair, "steps per second", "ours | peer | ours / peer | goal"),
     "alone": (
         alone_turn,
         FIVE,
@@ -242,17 +243,18 @@ TABLES = {  # of speed.toml: how to measure a turn, which turns, how to show the
         FIVE,
         pair,
         "steps per second",
-        "2 processes | 1 process | ratio | goal",
+        "2 processes or workers | 1 | ratio | goal",
     ),
     "cold": (
         cold_turn,
         COLD,
         cold,
         "from a cold start",
-        "seconds | steps | least return | solved | sb3 | steps | least return | solved | ratio | goal",
+        "seconds | steps | least return | solved | sb3's seconds | steps | least return | solved "
+        "| times as fast | goal",
     ),
     "buffer": (buffer_turn, [1], pair, "megabytes", "buffer | its numbers alone | ratio | goal"),
-    "memory": (memory_turn, [1], pair, "peak megabytes", "ours | sb3 | ratio"),
+    "memory": (memory_turn, [1], pair, "peak megabytes", "ours | sb3 | ours / sb3"),
     "environments": (
         growth_turn,
         FIVE[:3],
@@ -319,15 +321,16 @@ def measure(only):
                 if only not in row["name"] or turn in found:
                     continue
                 files = "speed.py", "speed.toml", "peer.py", "pycma.py", "requirements.txt"
-                stands_on = commit(f"{row['script']}.py", *(f"benchmarks/{file}" for file in files))
+                files = [f"{row['script']}.py", *(f"benchmarks/{file}" for file in files)]
                 try:
+                    now, stands_on = row_sha(row), commit(*files)
                     values = turn_of(row, turn)
                 except RuntimeError as error:
                     print(error, file=sys.stderr)
                     failed += 1
                     break
-                text = " ".join(f"{name}:{value:.6g}" for name, value in values.items())
-                line = {"row": row["name"], "turn": turn, "values": text, "sha": row_sha(row)}
+                text = " ".join(f"{name}:{value:.9g}" for name, value in values.items())
+                line = {"row": row["name"], "turn": turn, "values": text, "sha": now}
                 append(RESULTS, line | {"commit": stands_on, "by": machine()})
                 print(row["name"], turn, text, flush=True)
     return failed

@@ -19,7 +19,9 @@ ROOT = pathlib.Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import envs  # noqa: E402, F401  registers the tiny environments
+import pytest  # noqa: E402
 import torch  # noqa: E402
+from tensorboard.summary.writer import event_file_writer  # noqa: E402
 
 torch.set_num_threads(1)  # two test runs side by side share two cores
 
@@ -52,6 +54,15 @@ def command(script, *options):
             for number, handler in handlers.items():
                 signal.signal(number, handler)
     return status, out.getvalue(), err.getvalue()
+
+
+@pytest.fixture(autouse=True)
+def logs_in_order(monkeypatch):
+    """TensorBoard reads the files of a second in the order of their names: the 10th before the 9th.
+
+    Only many short runs of one process, as here, get that far.
+    """
+    monkeypatch.setattr(event_file_writer, "_global_uid", event_file_writer.AtomicCounter(0))
 
 
 def pytest_runtest_makereport(item, call):

@@ -1,10 +1,11 @@
 """The benchmarks: what makes a result stale, verdicts, and tables that say what was measured."""
 
 import argparse
+import ast
+import json
 import shlex
 import subprocess
 import sys
-import tomllib
 
 import gymnasium as gym
 import numpy as np
@@ -151,6 +152,36 @@ def test_every_row_of_the_speeds_can_be_run():
             assert not hidden or getattr(arguments, "layers", 1), "units in no layer"
 
 
+def test_every_row_of_the_speeds_has_its_cells_and_the_numbers_of_its_goal():
+    for kind, (_, _, cells_of, _, columns) in speed.TABLES.items():
+        for row in speed.TABLE[kind]:
+            names = {"a", "return", "steps"} | ({"b", "their_return"} if "peer" in row else set())
+            names = row.get("values", names if kind in ("cold", "row", "memory") else "ab")
+            cells, numbers = cells_of(row, {name: [1.0] for name in names})
+            speed.missed(row, numbers)
+            goal = ["goal"] if columns.endswith("goal") else []
+            assert len(cells) + len(goal) == len(columns.split(" | ")), row["name"]
+
+
+@pytest.mark.parametrize("file", ["peer", "pycma"])
+def test_the_settings_of_a_peer_are_arguments_of_its_functions(file, monkeypatch):
+    """stable-baselines3 itself is not installed for the tests."""
+    source = ast.parse((ROOT / f"benchmarks/{file}.py").read_text(encoding="utf-8"))
+    [found] = [node for node in source.body if getattr(node, "name", "") == "speed"]
+    known = {argument.arg for argument in found.args.args}
+    asked = []
+    monkeypatch.setattr(
+        speed, "measured", lambda line, threads: asked.append(line) or ("[1, 2]", 3, 4)
+    )
+    for row in (row for rows in speed.TABLE.values() for row in rows if "peer" in row):
+        speed.peer(row, 1)
+        if asked[-1][3].endswith(f"/{file}.py"):
+            given = json.loads(asked[-1][4])
+            assert given["steps"] > 0
+            assert given.keys() <= known or (found.args.kwarg and "algorithm" in given)
+    assert {line[3].rpartition("/")[2] for line in asked} == {"peer.py", "pycma.py"}
+
+
 def test_the_cells_of_a_speed_and_of_a_cold_start():
     found = {"a": [30, 10, 20], "b": [10, 10, 5]}
     cells, numbers = speed.pair({}, found)
@@ -162,7 +193,7 @@ def test_the_cells_of_a_speed_and_of_a_cold_start():
     row = {"threshold": 475, "peer": {"steps": 100}}
     found = {"a": [4, 8], "return": [500, 480], "steps": [50, 50]}
     cells, numbers = speed.cold(row, found | {"b": [40, 40], "their_return": [500, 100]})
-    assert cells[1:4] == ["50", "480", "2 of 2"] and cells[5:8] == ["100", "100", "1 of 2"]
+    assert cells[1:4] == ["50", "480.0", "2 of 2"] and cells[5:8] == ["100", "100.0", "1 of 2"]
     assert numbers == {"a": 6, "least": 480, "ratio": 7.5} and cells[8] == "7.5 (5.0 to 10.0)"
     cells, numbers = speed.cold(row, found | {"b": [40, 40], "their_return": [500, 500]})
     assert cells[8] and numbers["ratio"]

@@ -58,7 +58,6 @@ BAD = [
     (["--env-id", ""], [".py: "]),
     (["--env-id", "HalfCheetah-v2"], ["HalfCheetah-v2"]),
     (["--env-kwargs", '{"map_name": "9x9"}', "--env-id", "FrozenLake-v1"], ["9x9"]),
-    (["--env-kwargs", '{"xml_file": "/no/such.xml"}', "--env-id", "Ant-v5"], ["/no/such.xml"]),
     (["--env-kwargs", "{nonsense"], ["{nonsense"]),
     (["--env-kwargs", "3"], ["mapping"]),
     (["--env-kwargs", '{"no_such": 1}'], ["no_such"]),

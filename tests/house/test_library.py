@@ -135,6 +135,16 @@ def test_only_the_environment_that_is_recorded_is_drawn(name):
             assert candidate.render_mode is None
 
 
+@pytest.mark.parametrize("name", SEARCH)
+@pytest.mark.parametrize("kwargs, native", [("{}", True), ('{"sutton_barto_reward": true}', False)])
+def test_arguments_that_gymnasiums_own_version_may_read_otherwise(name, kwargs, native):
+    """Candidates are then a list, in which an ended episode takes no further step."""
+    options = module(name).Args(env_id="CartPole-v1", env_kwargs=kwargs)
+    with module(name).make_env(options) as env, contextlib.ExitStack() as stack:
+        envs = module(name).make_candidates(stack, env, options, 2)
+        assert isinstance(envs, gym.vector.VectorEnv) == native
+
+
 # Options
 
 

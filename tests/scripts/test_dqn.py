@@ -159,8 +159,8 @@ def test_saving_a_buffer_copies_nothing():
         assert np.shares_memory(rows, saved.numpy())
 
 
-@pytest.mark.parametrize("dtype", [np.uint8, np.float32, np.float64, np.int64])
-def test_observations_are_kept_in_their_own_dtype_where_it_is_narrower(dtype):
+@pytest.mark.parametrize("dtype", [np.uint8, np.int16, np.float16, np.float32, np.float64])
+def test_observations_are_kept_as_bytes_or_as_float32(dtype):
     space = gym.spaces.Box(0, 100, (7,), dtype)
     obs = dqn.ReplayBuffer(3, space, np.int64(0)).data[0]
     assert obs.dtype == (np.uint8 if dtype is np.uint8 else np.float32)
