@@ -483,7 +483,7 @@ def train(args: Args) -> np.ndarray:
         if args.data:
             played = args.resume and not load(args.resume, {})[0].data  # and kept what it played
             if played or load(args.data, {"buffer": buffer})[0].env_id != args.env_id:
-                raise Refusal(f"--data {args.data}: not of {args.env_id}, or --resume holds data")
+                raise Refusal(f"--data {args.data}: not of {args.env_id}, or --resume ran without")
             held = buffer.tensors()[-1].sum().item()  # real steps
             args = dataclasses.replace(args, total_timesteps=min(args.total_timesteps, held))
             buffer.added = 0

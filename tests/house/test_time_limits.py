@@ -60,7 +60,7 @@ def test_only_termination_ends_a_value_and_the_successor_is_the_final_observatio
 
 @pytest.mark.parametrize("name", VECTOR)
 @pytest.mark.parametrize("limit, first", [("-1", None), ("null", 500), ("7", 7)])
-def test_a_limit_means_the_same_to_environments_of_both_kinds(name, limit, first, tmp_path):
+def test_a_limit_means_the_same_to_environments_of_both_kinds(name, limit, first):
     """CartPole's own vectorised version reads -1 as the end of every step, and not null."""
     kwargs = f'{{"max_episode_steps": {limit}, "sutton_barto_reward": true}}'
     script = module(name)

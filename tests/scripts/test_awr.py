@@ -565,7 +565,7 @@ def test_data_that_do_not_fit_are_refused_in_one_line(tmp_path):
     ):
         status, _, err = command("awr", *options, "--run-dir", tmp_path / "run")
         assert status == 2 and str(options[-1]) in err and len(err.splitlines()) == 1, err
-    with pytest.raises(awr.Refusal, match="--resume holds data"):
+    with pytest.raises(awr.Refusal, match="--resume ran without"):
         trained(tmp_path / "run", "Matched-v0", 900, data=str(path), resume=str(path))
 
 
