@@ -14,11 +14,12 @@ Derivations in the document (tests/document/README.md): "Natural Evolutionary St
 Notation: θ_i, ε_i -> theta, epsilon -> (n, d), d parameters each;  μ -> mu -> (d,);
 F -> fitness -> (n,);  g -> gradient -> (d,);  λ -> weight_decay;  the document's N is n here.
 
-All candidates act at once: each layer of their policies is one batched matrix product. Returns are
-not discounted. There is no value function, so the return of a truncated episode (cut by a time
-limit) is used as it is. Where gymnasium has its own vectorised version of the environment
-(CartPole), an environment whose episode has ended plays further ones until the last candidate has
-ended its episode. These steps count towards --total-timesteps, but not towards any fitness.
+All candidates act at once: each layer of their policies is one batched matrix product, in numpy on
+the CPU (--device is where the search distribution moves). Returns are not discounted. There is no
+value function, so the return of a truncated episode (cut by a time limit) is used as it is. Where
+gymnasium has its own vectorised version of the environment (CartPole), an environment whose episode
+has ended plays further ones until the last candidate has ended its episode. These steps count
+towards --total-timesteps, but not towards any fitness.
 
 Beyond the document, from Salimans et al.: pairs ±ε, ranks, Adam, weight decay, normalised
 observations. Their Humanoid has 10,000 episodes a generation, σ = 0.02, α = 0.01 and λ = 0.005. The
@@ -406,7 +407,7 @@ def check_finite(what, x):
     for part in x.values() if isinstance(x, dict) else x if isinstance(x, (list, tuple)) else ():
         check_finite(what, part)
     if "float" in str(getattr(x, "dtype", type(x))) and not math.isfinite(torch.as_tensor(x).sum()):
-        raise Refusal(f"not finite (nan or inf), so the last checkpoint is kept: {what}")
+        raise Refusal(f"not finite (nan or inf), so no checkpoint is written: {what}")
 
 
 def make_env(args, video=""):
@@ -414,19 +415,19 @@ def make_env(args, video=""):
 
     With --capture-video it records its episodes to the folder video, if one is given.
     """
+    args.__post_init__()  # again: options may have been set since
     mistakes = gym.error.Error, AssertionError, ImportError, KeyError, TypeError, ValueError
     atari = args.env_id.startswith(("ALE/", "ale_py:"))
     render = {"render_mode": "rgb_array"} if args.capture_video else {}
     try:
-        kwargs = {**({"frameskip": 1} if atari else {}), **json.loads(args.env_kwargs)}
+        kwargs = ({"frameskip": 1} if atari else {}) | json.loads(args.env_kwargs)
         env = gym.make("ale_py:" * args.env_id.startswith("ALE/") + args.env_id, **kwargs, **render)
         if atari:  # 84 x 84, grey, every fourth frame, the last four of them
             env = gym.wrappers.FrameStackObservation(gym.wrappers.AtariPreprocessing(env), 4)
-        if args.capture_video:  # fail now, not after training, if it cannot render
-            env.reset()
-            env.render()
-    except Exception if args.capture_video else mistakes as error:
-        raise Refusal(f"{args.env_id} {args.env_kwargs}: {type(error).__name__} {error}") from error
+        if render:  # fail now, not after training, if it cannot render
+            assert env.reset() and env.render_mode and env.render() is not None, "no picture"
+    except Exception if render else mistakes as error:
+        raise Refusal(f"{args.env_id}: {type(error).__name__} {error} {args.env_kwargs}") from error
     space = env.observation_space
     image = re.search(r"\(\d+, \d+, \d+\), (uint8|bool)\)", str(space))  # is or holds one
     known = IMAGES and isinstance(space, gym.spaces.Box) if image else space.is_np_flattenable
@@ -454,7 +455,8 @@ class Run(AbstractContextManager):
     """A run: its directory, random generators, log, evaluations and checkpoints.
 
     `episodes` holds (return, length) of the last 100 episodes, `learner` what a checkpoint saves.
-    An exception, Ctrl-C or SIGTERM saves the run before it ends; a Refusal does not.
+    An exception saves the run before it ends, but for a number that is not finite. The command line
+    turns Ctrl-C, SIGTERM and SIGHUP into exceptions.
     """
 
     def __init__(self, args, rank=0, **learner):
@@ -475,14 +477,14 @@ class Run(AbstractContextManager):
             raise Refusal(f"--run-dir {self.dir}: {error.strerror}") from error
         self.writer.add_text("options", "\n".join(f"    {k}: {v}" for k, v in vars(args).items()))
         self.bar = tqdm(None, self.dir, args.total_timesteps, initial=self.step, disable=False)
-        self.bar.mininterval = 0.1 if sys.stderr.isatty() else 30  # seconds
+        self.bar.mininterval = 0.1 if os.isatty(2) else 30  # seconds
 
     def __exit__(self, kind, error, traceback):
-        self.bar.close()
-        with self.writer:  # closed last: after a signal this can take up to flush_secs
-            if error and not isinstance(error, Refusal):
+        with self.writer, self.bar:  # closed last is the writer: this can take up to flush_secs
+            # The one Refusal without a cause is that of a number that is not finite: save no such.
+            if error and (error.__cause__ or not isinstance(error, Refusal)):
                 self.save()
-                print(f"saved: --resume {self.dir}/checkpoint.pt continues it", file=sys.stderr)
+                self.bar.write(f"saved: --resume {self.dir}/checkpoint.pt continues it", sys.stderr)
 
     def seed(self):
         """Seed all generators from (seed, step, rank): a resumed run draws the same numbers."""
@@ -529,12 +531,13 @@ class Run(AbstractContextManager):
 
         Returns are not discounted. An episode is cut after 100,000 steps.
         """
-        args, returns = self.args, np.zeros(self.args.eval_episodes)
-        with make_env(args, f"{self.dir}/videos/{self.step}") as env:
-            for episode in range(args.eval_episodes):
-                obs, _ = env.reset(seed=2**30 + (1000 * args.seed + episode) % 2**30)
+        policy, returns = self.learner["policy"], np.zeros(self.args.eval_episodes)
+        with make_env(self.args, f"{self.dir}/videos/{self.step}") as env:
+            for episode in range(len(returns)):
+                obs, _ = env.reset(seed=2**30 + (1000 * self.args.seed + episode) % 2**30)
                 for _ in range(100_000):
-                    obs, reward, *ends, _ = env.step(self.learner["policy"].act(obs[None])[0])
+                    check_finite("an observation or a return of the evaluation", (obs, returns))
+                    obs, reward, *ends, _ = env.step(policy.act(obs[None].copy())[0])
                     returns[episode] += reward
                     if any(ends):
                         break

@@ -308,6 +308,12 @@ def number(value):
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.1f}"
 
 
+def reference(row):
+    """The reference as text; of another algorithm (a proxy) with its name."""
+    proxy = re.match(r"proxy: \w+ (\w+)", row["source"])
+    return f"{row['reference']:,}" + (f" ({proxy[1]})" if proxy else "")
+
+
 HEADS = (
     "script | environment | verdict | reference | tolerance | ours | 95% | at the end | metric | steps "
     "| seeds | attempts | minutes | sb3 | P(ours better)"
@@ -320,7 +326,7 @@ def row_text(result):
     verdict = "; ".join(filter(None, [result["verdict"], row.get("options"), row.get("remark")]))
     final = np.mean([float(line["final"]) for line in lines])
     minutes = np.median([float(line["seconds"]) for line in lines]) / 60
-    cells = [row["script"], row["env"], verdict, f"{row['reference']:,}", f"{row['tolerance']:,}"]
+    cells = [row["script"], row["env"], verdict, reference(row), f"{row['tolerance']:,}"]
     cells += [number(values.mean()), f"{number(result['low'])} to {number(result['high'])}"]
     cells += [number(final), row["metric"], f"{row['steps']:,}"]
     cells += [f"{seeds(row)[0]} to {seeds(row)[-1]}", result["attempts"], f"{minutes:.1f}"]
@@ -335,7 +341,7 @@ def row_text(result):
 def open_text(result, table):
     """The line of a row that is not run, or not on all its seeds."""
     row = result["row"]
-    cells = row["script"], row["env"], f"{row['steps']:,}", f"{row['reference']:,}"
+    cells = row["script"], row["env"], f"{row['steps']:,}", reference(row)
     cells += f"{row['tolerance']:,}", result["verdict"], cost(row, table)
     return f"| {' | '.join(cells)} |"
 
@@ -344,10 +350,13 @@ def aggregates(results):
     """Lines on all rows at once: interquartile means, and the probability of improvement."""
     lines = []
     whole = [result for result in results if len(result["values"]) >= FIVE]
+    short = [result for result in results if 0 < len(result["values"]) < FIVE]
     if whole:
         ours = np.array([score(r["row"], r["values"][:FIVE]) for r in whole])
+        names = [f"{r['row']['script']} {r['row']['env']} ({r['verdict']})" for r in short]
         lines += [
-            f"Scores of {len(ours)} rows, the first five seeds of each: "
+            f"Scores of the {len(ours)} rows with five seeds or more, the first five of each "
+            f"(left out: {', '.join(names) or 'none'}): "
             f"interquartile mean {with_interval(interquartile_mean, ours)}, which leaves out the "
             f"best and the worst quarter of all runs; mean {with_interval(np.mean, ours)}."
         ]

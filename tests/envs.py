@@ -247,10 +247,11 @@ class Pixel(Tiny):
     """An image of noise; one byte of it, bright or dark, says which action pays 5, the other -5.
 
     Images differ in the order of axes: (8, 8, 3), (3, 40, 40), bools (10, 10, 10). With reuse all
-    are the same array, overwritten.
+    are the same array, overwritten; backwards they are views.
     """
 
-    def __init__(self, shape=(8, 8, 3), kind="uint8", reuse=False):
+    def __init__(self, shape=(8, 8, 3), kind="uint8", reuse=False, backwards=False):
+        self.backwards = backwards
         self.reused = np.zeros(shape, kind) if reuse else None
         high = 255 if kind == "uint8" else 1
         self.observation_space = spaces.Box(0, high, tuple(shape), np.dtype(kind).type)
@@ -260,7 +261,7 @@ class Pixel(Tiny):
         image = self.np_random.integers(0, space.high.max(), space.shape, endpoint=True)
         image[2:4, 2:4] = space.high.max() * (self.sign > 0)
         if self.reused is None:
-            return image.astype(space.dtype)
+            return image.astype(space.dtype)[..., :: -1 if self.backwards else 1]
         self.reused[:] = image
         return self.reused
 

@@ -3,6 +3,7 @@
 import argparse
 import ast
 import json
+import re
 import shlex
 import subprocess
 import sys
@@ -40,6 +41,12 @@ def test_tables_say_what_the_result_files_say_and_no_row_is_stale():
     for path, name, lines in *returns.texts(), images.texts(), speed.texts():
         new = runner.between(path, name, lines)
         assert path.read_text(encoding="utf-8") == new, f"{name}: write it again by --report"
+
+
+def test_a_reference_of_another_algorithm_is_named():
+    proxies = [row for row in returns.TABLE["row"] if row["source"].startswith("proxy")]
+    assert proxies and all(re.search(r" \(\w+\)$", returns.reference(row)) for row in proxies)
+    assert returns.reference({"reference": -4.6, "source": "TD3p, -4.6 at 100k"}) == "-4.6"
 
 
 def test_only_what_decides_a_result_makes_it_stale(tmp_path, monkeypatch):

@@ -106,6 +106,28 @@ def test_an_environment_that_cannot_be_drawn_is_refused_before_training(name, tm
     assert envs.Tiny.steps == before
 
 
+class Undrawn(envs.Both):
+    """Draws nothing, or does not say what it draws."""
+
+    metadata = {"render_modes": ["rgb_array"]}
+
+    def __init__(self, render_mode=None, says=True):
+        self.render_mode = render_mode if says else None
+
+    def render(self):
+        return None if self.render_mode else np.zeros((8, 8, 3), np.uint8)
+
+
+@pytest.mark.parametrize("says", ["true", "false"])
+def test_a_drawing_that_gives_no_video_is_refused_before_training(says, tmp_path):
+    gym.registry.pop("Undrawn-v0", None)
+    gym.register("Undrawn-v0", Undrawn, disable_env_checker=True)
+    options = ["--env-id", "Undrawn-v0", "--capture-video", "--run-dir", tmp_path]
+    before = envs.Tiny.steps
+    refused(command("ppo", *options, "--env-kwargs", f'{{"says": {says}}}'), "no picture")
+    assert envs.Tiny.steps == before
+
+
 def test_on_a_terminal_the_last_line_stands_alone(tmp_path, monkeypatch):
     """The progress bar, written to the same place, is wiped out before it."""
     terminal = io.StringIO()

@@ -94,7 +94,7 @@ def test_signals_save_and_say_how_to_go_on(name, tmp_path, monkeypatch):
     options = ["--env-id", env_id(name), "--run-dir", tmp_path, *flags(name)]
     status, out, err = command(name, *options, "--total-timesteps", 10**6)
     assert status == 128 + number and not out and "Traceback" not in err
-    assert f"--resume {tmp_path}/checkpoint.pt" in err.splitlines()[-1]
+    assert f"--resume {tmp_path}/checkpoint.pt" in err
     assert second[-1] is signal.SIG_DFL and 100 < load(tmp_path)["env_steps"] <= 250
 
 
@@ -112,6 +112,19 @@ def test_a_real_process_ends_and_leaves_none_behind(name, tmp_path):
         with pytest.raises(ProcessLookupError):
             os.killpg(process.pid, 0)
     assert process.returncode == 128 + signal.SIGINT and "Traceback" not in err
+    assert load(tmp_path)["env_steps"] > before
+
+
+def test_a_run_is_saved_where_nobody_reads_its_output(tmp_path):
+    """Ctrl-C ends the `tee` of `2>&1 | tee log` too: what is then written to the pipe fails."""
+    with started("ppo", tmp_path) as process:
+        before = load(tmp_path)["env_steps"]
+        time.sleep(0.5)
+        process.stdout.close()
+        process.stderr.close()
+        process.stdout = process.stderr = None
+        os.killpg(process.pid, signal.SIGINT)
+        assert process.wait(60)
     assert load(tmp_path)["env_steps"] > before
 
 
@@ -198,6 +211,24 @@ def test_numbers_that_are_not_finite_end_a_run_and_poison_nothing(
 
 
 @every_script
+@pytest.mark.parametrize("fault", ["reward", "observation", "reset"])
+def test_numbers_that_are_not_finite_end_an_evaluation(name, fault, tmp_path, faulty, monkeypatch):
+    """The run, whose steps were all good, is saved."""
+    evaluate = module(name).Run.evaluate
+
+    def later(self):
+        envs.Faulty.good = -1
+        return evaluate(self)
+
+    envs.Faulty.good = 10**9
+    monkeypatch.setattr(module(name).Run, "evaluate", later)
+    options = dict(env_id=env_id(name, "Faulty"), env_kwargs=f'{{"fault": "{fault}"}}')
+    with pytest.raises(module(name).Refusal, match="not finite"):
+        train(name, tmp_path, **options)
+    assert load(tmp_path)["env_steps"] >= 500
+
+
+@every_script
 def test_weights_that_are_not_finite_are_not_saved(name, tmp_path, monkeypatch):
     run = module(name).Run
     save = run.save
@@ -269,6 +300,38 @@ def test_an_environment_that_raises_keeps_its_traceback_and_the_progress(name, t
     assert 150 <= saved <= 301
     path = str(tmp_path / "checkpoint.pt")
     train(name, "", resume=path, total_timesteps=saved + 100, **options)
+
+
+class Licensed(envs.Both):
+    """Cannot be made once the licences are gone."""
+
+    left = True
+
+    def __init__(self, action_space):
+        self.action_space = action_space
+        if not Licensed.left:
+            raise ValueError("no licence left")
+
+
+@every_script
+def test_where_an_evaluation_cannot_begin_the_run_is_saved(name, tmp_path, monkeypatch):
+    """Also if no checkpoint was due yet."""
+    evaluate, kwargs = (
+        module(name).Run.evaluate,
+        {"action_space": gym.make(env_id(name)).action_space},
+    )
+
+    def too_late(self):
+        monkeypatch.setattr(Licensed, "left", False)
+        return evaluate(self)
+
+    gym.registry.pop("Licensed-v0", None)
+    gym.register("Licensed-v0", Licensed, kwargs=kwargs, disable_env_checker=True)
+    monkeypatch.setattr(module(name).Run, "evaluate", too_late)
+    options = dict(env_id="Licensed-v0", total_timesteps=10_000, eval_every=200)
+    with pytest.raises(module(name).Refusal, match="no licence left"):
+        train(name, tmp_path, checkpoint_every=0, **options)
+    assert 200 <= load(tmp_path)["env_steps"] < 1_000
 
 
 @every_script

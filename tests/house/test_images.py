@@ -53,6 +53,12 @@ def test_an_environment_may_overwrite_its_observation(name, tmp_path):
     assert same(*saved)
 
 
+@pytest.mark.parametrize("name", IMAGES)
+def test_an_image_may_be_a_view_that_runs_backwards(name, tmp_path):
+    """As where colours are turned from BGR to RGB."""
+    learn(name, tmp_path, total_timesteps=600, eval_episodes=2, env_kwargs='{"backwards": true}')
+
+
 @pytest.mark.parametrize(("shape", "kind"), [((3, 40, 40), "uint8"), ((10, 10, 10), "bool")])
 @pytest.mark.parametrize("name", ["ppo", "dqn"])
 def test_channels_first_and_bools_are_learned(name, shape, kind, tmp_path):

@@ -162,6 +162,12 @@ def test_numbers_of_other_kinds(name, tmp_path):
     saved = load(tmp_path)["args"]
     assert saved["hidden"] == 8 and all(saved[key] == fields[key].default for key in floats)
 
+    for key, value in others.items():  # set afterwards
+        setattr(given, key, value)
+    given.run_dir, given.seed = str(tmp_path / "later"), np.int64(3)
+    module(name).train(given)
+    assert load(tmp_path / "later")["args"] == saved
+
 
 @every_script
 def test_options_of_the_wrong_type_are_refused(name, tmp_path):

@@ -12,7 +12,7 @@ from runs import VECTOR, env_id, every_script, load, logged, train
 # Options under which each script with a value function finds the values of Limits soon.
 FAST = dict(hidden=32, batch_size=64, burn_in=200, utd=1.0, learning_rate=3e-3)
 ROLLOUT = dict(num_envs=16, num_steps=32, hidden=32, norm_obs=False)
-LIMITS = {
+OPTIONS = {
     "a2c": dict(num_envs=16, num_steps=8, k_step=4, hidden=32, total_timesteps=12_000),
     "a3c": dict(workers=1, k_step=7, hidden=32, total_timesteps=6_000),
     "awr": ROLLOUT
@@ -40,7 +40,7 @@ def values(name, learner, obs):
     return learner["critic"](obs).squeeze(-1) / scale
 
 
-@pytest.mark.parametrize("name", LIMITS)
+@pytest.mark.parametrize("name", OPTIONS)
 def test_only_termination_ends_a_value_and_the_successor_is_the_final_observation(
     name, tmp_path, monkeypatch
 ):
@@ -54,7 +54,7 @@ def test_only_termination_ends_a_value_and_the_successor_is_the_final_observatio
         return evaluate(self)
 
     monkeypatch.setattr(run, "evaluate", look)
-    train(name, tmp_path, env_id=env_id(name, "Limits"), gamma=0.5, **LIMITS[name])
+    train(name, tmp_path, env_id=env_id(name, "Limits"), gamma=0.5, **OPTIONS[name])
     assert found == pytest.approx([2, -2, 1], abs=0.2)
 
 

@@ -268,6 +268,23 @@ def test_workers_see_different_episodes(tmp_path, monkeypatch):
     assert both[0] != both[1] and 0 not in both[0][:5] and 0 not in both[1][:5]
 
 
+class Connected(envs.Both):
+    """Belongs to the process that made it, as a connection to a simulator does."""
+
+    def __init__(self):
+        self.pid = os.getpid()
+
+    def step(self, action):
+        assert self.pid == os.getpid()
+        return super().step(action)
+
+
+def test_each_worker_makes_its_own_environment(tmp_path):
+    gym.registry.pop("Connected-v0", None)
+    gym.register("Connected-v0", Connected, disable_env_checker=True)
+    trained(tmp_path, "Connected-v0", 2_000, workers=3, eval_episodes=1)
+
+
 def fail():
     raise ArithmeticError("on purpose")
 
