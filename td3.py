@@ -443,7 +443,7 @@ def make_env(args, video=""):
     atari = args.env_id.startswith(("ALE/", "ale_py:"))
     render = {"render_mode": "rgb_array"} if args.capture_video else {}
     try:
-        kwargs = ({"frameskip": 1} if atari else {}) | json.loads(args.env_kwargs)
+        kwargs = {**({"frameskip": 1} if atari else {}), **json.loads(args.env_kwargs)}
         env = gym.make("ale_py:" * args.env_id.startswith("ALE/") + args.env_id, **kwargs, **render)
         if atari:  # 84 x 84, grey, every fourth frame, the last four of them
             env = gym.wrappers.FrameStackObservation(gym.wrappers.AtariPreprocessing(env), 4)
@@ -505,9 +505,9 @@ class Run(AbstractContextManager):
     def __exit__(self, kind, error, traceback):
         with self.writer, self.bar:  # closed last is the writer: this can take up to flush_secs
             # The one Refusal without a cause is that of a number that is not finite: save no such.
-            if error and (error.__cause__ or not isinstance(error, Refusal)):
+            if error and (error.__cause__ or kind is not Refusal):
                 self.save()
-                self.bar.write(f"saved: --resume {self.dir}/checkpoint.pt continues it", sys.stderr)
+                tqdm.write(f"saved: --resume {self.dir}/checkpoint.pt continues it", sys.stderr)
 
     def seed(self):
         """Seed all generators from (seed, step, rank): a resumed run draws the same numbers."""
@@ -559,7 +559,7 @@ class Run(AbstractContextManager):
             for episode in range(len(returns)):
                 obs, _ = env.reset(seed=2**30 + (1000 * self.args.seed + episode) % 2**30)
                 for _ in range(100_000):
-                    check_finite("an observation or a return of the evaluation", (obs, returns))
+                    check_finite("a number of the evaluation", (obs.astype(float), returns))
                     obs, reward, *ends, _ = env.step(policy.act(obs[None].copy())[0])
                     returns[episode] += reward
                     if any(ends):
@@ -572,7 +572,7 @@ class Run(AbstractContextManager):
 
 
 if __name__ == "__main__":
-    for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    for n in signal.SIGINT, signal.SIGTERM, signal.SIGHUP:
         if signal.getsignal(n) != signal.SIG_IGN:  # nohup ignores SIGHUP: leave it so
             # The run saves before it ends; a second signal of the same kind ends it at once.
             signal.signal(n, lambda n, _: (signal.signal(n, signal.SIG_DFL), sys.exit(128 + n)))
