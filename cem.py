@@ -13,7 +13,7 @@ Notation: θ_i -> theta -> (n, d), d parameters each;  μ, σ² -> mu, var -> (d
 F -> fitness -> (n,);  θ'_i -> elites -> (k, d), k = ⌊ρn⌋;  ε_i -> epsilon -> (n, d);  η -> noise.
 
 All candidates act at once: each layer of their policies is one batched matrix product, in numpy on
-the CPU (--device is where the search distribution moves). Returns are not discounted. There is no
+the CPU (--device is for the search distribution). Returns are not discounted. There is no
 value function, so the return of a truncated episode (cut by a time limit) is used as it is. Where
 gymnasium has its own vectorised version of the environment (CartPole), an environment whose episode
 has ended plays further ones until the last candidate has ended its episode. These steps count
@@ -403,8 +403,8 @@ class Run(AbstractContextManager):
         self.bar.mininterval = 0.1 if os.isatty(2) else 30  # seconds
 
     def __exit__(self, kind, error, traceback):
-        with self.writer, self.bar:  # closed last is the writer: this can take up to flush_secs
-            # The one Refusal without a cause is that of a number that is not finite: save no such.
+        with self.writer, self.bar:  # the writer closes last: it can take up to flush_secs
+            # Not saved: a number that is not finite, the one Refusal raised here without a cause.
             if error and (error.__cause__ or kind is not Refusal):
                 self.save()
                 tqdm.write(f"saved: --resume {self.dir}/checkpoint.pt continues it", sys.stderr)

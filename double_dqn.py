@@ -560,8 +560,8 @@ class Run(AbstractContextManager):
         self.bar.mininterval = 0.1 if os.isatty(2) else 30  # seconds
 
     def __exit__(self, kind, error, traceback):
-        with self.writer, self.bar:  # closed last is the writer: this can take up to flush_secs
-            # The one Refusal without a cause is that of a number that is not finite: save no such.
+        with self.writer, self.bar:  # the writer closes last: it can take up to flush_secs
+            # Not saved: a number that is not finite, the one Refusal raised here without a cause.
             if error and (error.__cause__ or kind is not Refusal):
                 self.save()
                 tqdm.write(f"saved: --resume {self.dir}/checkpoint.pt continues it", sys.stderr)

@@ -38,9 +38,9 @@ running standard deviation. With --norm-rewards rewards are divided by the runni
 deviation of their discounted sum so far, or by 0.01 if that is larger. Both are clipped to
 [-10, 10].
 Adam takes the gradient steps, with 1e-5 for the small number in its denominator (torch's is 1e-8),
-as is usual for PPO. Many
-implementations clip the value loss; this one does not. The weight α of the KL penalty is constant,
-as in the document; the paper adapts it to a target KL. The defaults of K, ε, γ and λ and the sizes
+as is usual for PPO. Many implementations clip the value loss; this one does not.
+The weight α of the KL penalty is constant, as in the document; the paper adapts it to a target KL.
+The defaults of K, ε, γ and λ and the sizes
 of batch and minibatch, 2,048 steps and 64, are the paper's for MuJoCo. Here 16 environments fill a
 batch (there one does), and the learning rate (there 3e-4) and the initial σ (1 in the authors'
 code) are others, which work on more tasks.
@@ -681,8 +681,8 @@ class Run(AbstractContextManager):
         self.bar.mininterval = 0.1 if os.isatty(2) else 30  # seconds
 
     def __exit__(self, kind, error, traceback):
-        with self.writer, self.bar:  # closed last is the writer: this can take up to flush_secs
-            # The one Refusal without a cause is that of a number that is not finite: save no such.
+        with self.writer, self.bar:  # the writer closes last: it can take up to flush_secs
+            # Not saved: a number that is not finite, the one Refusal raised here without a cause.
             if error and (error.__cause__ or kind is not Refusal):
                 self.save()
                 tqdm.write(f"saved: --resume {self.dir}/checkpoint.pt continues it", sys.stderr)
