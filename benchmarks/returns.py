@@ -8,7 +8,8 @@
     python benchmarks/returns.py --confirm           rows that a change of the source made stale
     python benchmarks/returns.py --random Hopper-v5  the mean return of random play, 50 episodes
 
-Each finished run is a line of results/returns.csv, so that an interrupted call goes on where it was.
+Each finished run is a line of results/returns.csv, so that an interrupted call goes on where it was;
+an interrupted run of ours too, from its last checkpoint.
 The rules, which this file keeps: a row runs on the seeds that returns.toml gives it, on a committed
 script. A result belongs to the code that decides it and to the row's options (column sha, see
 runner.py); with others it is stale, and the row needs a block of seeds that nobody has seen (block
@@ -102,9 +103,7 @@ def lines_of(row, table, peer=False):
 def run(row, seed, peer, stands_on):
     """One run, appended to the table."""
     name, env, steps = key(row, peer)
-    folder = ROOT / f"runs/benchmarks/{name}__{env}__{steps}__{seed}"
-    for old in folder.glob("*"):
-        old.unlink()
+    folder = ROOT / f"runs/benchmarks/{name}__{env}__{steps}__{seed}__{row_sha(row)}"
     values = run_peer(row, seed) if peer else run_ours(row, seed, folder)
     line = {"script": name, "env": env, "steps": steps, "seed": seed}
     append(
@@ -114,19 +113,29 @@ def run(row, seed, peer, stands_on):
 
 
 def run_ours(row, seed, folder):
-    """A run of a script: 20 evaluations of ten episodes on the way, one of a hundred at the end."""
+    """A run of a script: 20 evaluations of ten episodes on the way, one of a hundred at the end.
+
+    A run that was interrupted goes on from its last checkpoint.
+    """
     began = time.time()
-    result = execute(row["script"], f"{command(row)} --seed {seed}", folder)
+    checkpoint, resume, before = f"--resume {folder}/checkpoint.pt", "", 0
+    logs = list(folder.glob("events*"))  # of the interrupted run, each named after when it began
+    if (folder / "checkpoint.pt").exists():
+        resume = checkpoint
+        before = sum(log.stat().st_mtime - int(log.name.split(".")[3]) for log in logs)
+    else:
+        for log in logs:
+            log.unlink()
+    result = execute(row["script"], f"{command(row)} --seed {seed} {resume}", folder)
     steps, returns = scalars(folder, "charts/episodic_return")
     evaluations = scalars(folder, "charts/eval_return")
-    again = f"--resume {folder}/checkpoint.pt --eval-episodes 100"
-    final = execute(row["script"], again, folder)
+    final = execute(row["script"], f"{checkpoint} --eval-episodes 100", folder)
     return {
         "final": final["eval_return_mean"],
         "std": final["eval_return_std"],
         "train": round(float(returns[-1]), 2) if len(returns) else "",  # of the last 100 episodes
         "env_steps": int(result["env_steps"]),
-        "seconds": round(time.time() - began, 1),
+        "seconds": round(before + time.time() - began, 1),
         "curve": curve(*((steps, returns) if row["metric"] == "train" else evaluations)),
     }
 

@@ -3,6 +3,7 @@
 import argparse
 import ast
 import json
+import os
 import re
 import shlex
 import subprocess
@@ -271,6 +272,30 @@ def test_results_stand_after_a_change_only_if_a_seed_comes_out_the_same(
     monkeypatch.setattr(returns, "run_ours", lambda row, seed, folder: new)
     returns.confirm(ALL)
     assert {line["sha"] for line in runner.read(returns.RESULTS)} == {"later" if stands else "now"}
+
+
+def test_an_interrupted_run_goes_on_from_its_checkpoint(tmp_path, monkeypatch):
+    asked = []
+
+    def execute(script, options, folder):
+        asked.append(options)
+        log = folder / f"events.out.tfevents.{1000 * len(asked)}.host"
+        log.touch()
+        os.utime(log, (0, 1000 * len(asked) + 60))
+        if len(asked) > 1:
+            (folder / "checkpoint.pt").touch()
+        if len(asked) < 3:
+            raise RuntimeError("interrupted")
+        return {"eval_return_mean": 1.0, "eval_return_std": 0.0, "env_steps": 100}
+
+    monkeypatch.setattr(returns, "execute", execute)
+    monkeypatch.setattr(returns, "scalars", lambda folder, tag: (np.ones(1), np.ones(1)))
+    for _ in range(2):  # without a checkpoint, and with one
+        with pytest.raises(RuntimeError):
+            returns.run_ours(ROW, 201, tmp_path)
+    values = returns.run_ours(ROW, 201, tmp_path)
+    assert [f"--resume {tmp_path}/checkpoint.pt" in options for options in asked] == [0, 0, 1, 1]
+    assert 60 <= values["seconds"] < 70  # of the second, whose log is left, and the third
 
 
 def test_a_changed_script_is_committed_before_it_is_measured(tmp_path, monkeypatch):
