@@ -114,7 +114,7 @@ class Args:
     hidden: int = 64  # units in each of the two hidden layers; unused for images
 
     env_id: str = "CartPole-v1"  # gymnasium id of the environment; module:Name-v0 imports module
-    env_kwargs: str = "{}"  # arguments for the environment, as a JSON object
+    env_kwargs: str = "{}"  # its arguments in JSON; {"max_episode_steps": 200} limits episodes
     seed: int = 1  # random seed; one seed gives the same weights on the same machine
     device: Literal["cpu", "cuda"] = "cpu"  # where networks compute; not saved in checkpoints
     run_dir: str = ""  # directory to write to; if empty that of --resume, or a new one in runs/
@@ -127,7 +127,8 @@ class Args:
     def __post_init__(self):
         """Refuse values of the wrong type or out of range; turn numpy numbers into Python's."""
         for name, value in vars(self).items():
-            kinds = get_args(kind := Args.__annotations__[name]) or [kind]  # choices, or types
+            # kinds: its choices, or its types
+            kinds = get_args(kind := self.__dataclass_fields__[name].type) or [kind]
             value = getattr(value, "item", lambda: value)()
             value = float(value) if float in kinds and type(value) is int else value
             setattr(self, name, value)
@@ -380,6 +381,10 @@ def train(args: Args) -> np.ndarray:
         envs = gym.make_vec(env.spec, N, "sync") if image else make_envs(args, N)
         stack.callback(envs.close)
         T = 10_000 if whole else args.num_steps
+        # Before the first layer: once torch has used several threads, its process cannot fork.
+        stack.callback(torch.set_num_threads, torch.get_num_threads())
+        if not image and args.hidden * N * args.num_steps < 2**16:
+            torch.set_num_threads(1)  # for layers this small, threads cost more than they save
         policy = make_policy(env, args).to(device)
         torso, head = policy if image else (nn.Identity(), policy)  # both networks share the torso
         critic = nn.Sequential(*mlp(env, args, 1, gain=1.0)).to(device)
@@ -388,9 +393,6 @@ def train(args: Args) -> np.ndarray:
         run = stack.enter_context(
             Run(args, rank, policy=policy, critic=critic, optimizer=optimizer)
         )
-        stack.callback(torch.set_num_threads, torch.get_num_threads())
-        if not image and args.hidden * N * args.num_steps < 2**16:
-            torch.set_num_threads(1)  # for layers this small, threads cost more than they save
 
         # obs[t + 1] is the true successor of obs[t], also where an episode ended. The step after an
         # end is the reset step: its action was ignored, its reward is 0, and real is False there.
@@ -547,7 +549,7 @@ def load(path, learner):
         return Args(**checkpoint["args"]), checkpoint["env_steps"]
     except Exception as error:
         why = error if isinstance(error, (OSError, Refusal)) else "damaged, or it has other options"
-        raise Refusal(f"cannot resume from {path}: {why}") from error
+        raise Refusal(f"cannot load {path}: {why}") from error
 
 
 class Run(AbstractContextManager):

@@ -131,7 +131,7 @@ class Args:
     hidden: int = 64  # units in each of the two hidden layers; unused for images
 
     env_id: str = "CartPole-v1"  # gymnasium id of the environment; module:Name-v0 imports module
-    env_kwargs: str = "{}"  # arguments for the environment, as a JSON object
+    env_kwargs: str = "{}"  # its arguments in JSON; {"max_episode_steps": 200} limits episodes
     seed: int = 1  # random seed; one seed gives the same weights on the same machine
     device: Literal["cpu", "cuda"] = "cpu"  # where networks compute; not saved in checkpoints
     run_dir: str = ""  # directory to write to; if empty that of --resume, or a new one in runs/
@@ -144,7 +144,8 @@ class Args:
     def __post_init__(self):
         """Refuse values of the wrong type or out of range; turn numpy numbers into Python's."""
         for name, value in vars(self).items():
-            kinds = get_args(kind := Args.__annotations__[name]) or [kind]  # choices, or types
+            # kinds: its choices, or its types
+            kinds = get_args(kind := self.__dataclass_fields__[name].type) or [kind]
             value = getattr(value, "item", lambda: value)()
             value = float(value) if float in kinds and type(value) is int else value
             setattr(self, name, value)
@@ -442,6 +443,10 @@ def train(args: Args) -> np.ndarray:
         # For images it copies env: a wrapper of your own must be a gym.utils.RecordConstructorArgs.
         envs = gym.make_vec(env.spec, N, "sync") if image else make_envs(args, N)
         stack.callback(envs.close)
+        # Before the first layer: once torch has used several threads, its process cannot fork.
+        stack.callback(torch.set_num_threads, torch.get_num_threads())
+        if not image and args.hidden * N * T // args.minibatches < 2**16:
+            torch.set_num_threads(1)  # for layers this small, threads cost more than they save
         policy = make_policy(env, args).to(device)
         # Both networks begin with the same normaliser or torso: it is computed once, by first.
         first, *rest = policy if args.norm_obs or image else (nn.Identity(), *policy)
@@ -452,9 +457,6 @@ def train(args: Args) -> np.ndarray:
         reward_norm = RunningNorm()
         learner = {"policy": policy, "critic": critic, "optimizer": optimizer}
         run = stack.enter_context(Run(args, rank, **learner, reward_norm=reward_norm))
-        stack.callback(torch.set_num_threads, torch.get_num_threads())
-        if not image and args.hidden * N * T // args.minibatches < 2**16:
-            torch.set_num_threads(1)  # for layers this small, threads cost more than they save
 
         # obs[t + 1] is the true successor of obs[t], also where an episode ended. The step after an
         # end is the reset step: its action was ignored, its reward is 0, and real is False there.
@@ -649,7 +651,7 @@ def load(path, learner):
         return Args(**checkpoint["args"]), checkpoint["env_steps"]
     except Exception as error:
         why = error if isinstance(error, (OSError, Refusal)) else "damaged, or it has other options"
-        raise Refusal(f"cannot resume from {path}: {why}") from error
+        raise Refusal(f"cannot load {path}: {why}") from error
 
 
 class Run(AbstractContextManager):

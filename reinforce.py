@@ -112,7 +112,7 @@ class Args:
     hidden: int = 64  # units in each of the two hidden layers
 
     env_id: str = "CartPole-v1"  # gymnasium id of the environment; module:Name-v0 imports module
-    env_kwargs: str = "{}"  # arguments for the environment, as a JSON object
+    env_kwargs: str = "{}"  # its arguments in JSON; {"max_episode_steps": 200} limits episodes
     seed: int = 1  # random seed; one seed gives the same weights on the same machine
     device: Literal["cpu", "cuda"] = "cpu"  # where networks compute; not saved in checkpoints
     run_dir: str = ""  # directory to write to; if empty that of --resume, or a new one in runs/
@@ -125,7 +125,8 @@ class Args:
     def __post_init__(self):
         """Refuse values of the wrong type or out of range; turn numpy numbers into Python's."""
         for name, value in vars(self).items():
-            kinds = get_args(kind := Args.__annotations__[name]) or [kind]  # choices, or types
+            # kinds: its choices, or its types
+            kinds = get_args(kind := self.__dataclass_fields__[name].type) or [kind]
             value = getattr(value, "item", lambda: value)()
             value = float(value) if float in kinds and type(value) is int else value
             setattr(self, name, value)
@@ -387,6 +388,10 @@ def train(args: Args) -> np.ndarray:
         torch.manual_seed(args.seed)
         env = stack.enter_context(make_env(args))
         envs = stack.enter_context(closing(make_envs(args, N)))
+        # Before the first layer: once torch has used several threads, its process cannot fork.
+        stack.callback(torch.set_num_threads, torch.get_num_threads())
+        if args.hidden < 512:
+            torch.set_num_threads(1)  # for layers this small, threads cost more than they save
         policy = make_policy(env, args).to(device)
         norm = [policy[0]] if args.norm_obs else []  # the same one for both networks
         critic = nn.Sequential(*norm, *mlp(env, args, 1, gain=1.0)).to(device)
@@ -395,9 +400,6 @@ def train(args: Args) -> np.ndarray:
         critic_optimizer = torch.optim.Adam(critic.parameters(), eps=1e-5, fused=True)
         learner = {"policy": policy, "critic": critic, "optimizer": optimizer}
         run = stack.enter_context(Run(args, rank, **learner, critic_optimizer=critic_optimizer))
-        stack.callback(torch.set_num_threads, torch.get_num_threads())
-        if args.hidden < 512:
-            torch.set_num_threads(1)  # for layers this small, threads cost more than they save
 
         while run.step < args.total_timesteps:
             remaining = 1 - run.step / args.total_timesteps if args.anneal_lr else 1
@@ -562,7 +564,7 @@ def load(path, learner):
         return Args(**checkpoint["args"]), checkpoint["env_steps"]
     except Exception as error:
         why = error if isinstance(error, (OSError, Refusal)) else "damaged, or it has other options"
-        raise Refusal(f"cannot resume from {path}: {why}") from error
+        raise Refusal(f"cannot load {path}: {why}") from error
 
 
 class Run(AbstractContextManager):

@@ -104,7 +104,7 @@ class Args:
     hidden: int = 400  # units in each of the two hidden layers
 
     env_id: str = "Pendulum-v1"  # gymnasium id of the environment; module:Name-v0 imports module
-    env_kwargs: str = "{}"  # arguments for the environment, as a JSON object
+    env_kwargs: str = "{}"  # its arguments in JSON; {"max_episode_steps": 200} limits episodes
     seed: int = 1  # random seed; one seed gives the same weights on the same machine
     device: Literal["cpu", "cuda"] = "cpu"  # where networks compute; not saved in checkpoints
     run_dir: str = ""  # directory to write to; if empty that of --resume, or a new one in runs/
@@ -117,7 +117,8 @@ class Args:
     def __post_init__(self):
         """Refuse values of the wrong type or out of range; turn numpy numbers into Python's."""
         for name, value in vars(self).items():
-            kinds = get_args(kind := Args.__annotations__[name]) or [kind]  # choices, or types
+            # kinds: its choices, or its types
+            kinds = get_args(kind := self.__dataclass_fields__[name].type) or [kind]
             value = getattr(value, "item", lambda: value)()
             value = float(value) if float in kinds and type(value) is int else value
             setattr(self, name, value)
@@ -471,7 +472,7 @@ def load(path, learner):
         return Args(**checkpoint["args"]), checkpoint["env_steps"]
     except Exception as error:
         why = error if isinstance(error, (OSError, Refusal)) else "damaged, or it has other options"
-        raise Refusal(f"cannot resume from {path}: {why}") from error
+        raise Refusal(f"cannot load {path}: {why}") from error
 
 
 class Run(AbstractContextManager):

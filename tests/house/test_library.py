@@ -1,9 +1,13 @@
 """The scripts called from other code: in a sweep, a thread, a pool, with numbers of other kinds."""
 
 import contextlib
+import dataclasses
 import multiprocessing
+import os
 import re
 import signal
+import subprocess
+import sys
 import threading
 
 import envs
@@ -12,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, SCRIPTS, SOURCES, command, module
-from runs import TORCHRUN, VECTOR, args, env_id, every_script, load, logged, refused, train
+from runs import SHORT, TORCHRUN, VECTOR, args, env_id, every_script, load, logged, refused, train
 
 
 @every_script
@@ -82,6 +86,44 @@ def test_train_in_the_processes_of_a_pool(tmp_path):
 
 def in_a_pool(name, run_dir, options):
     return train(name, run_dir, **options)
+
+
+FORKED = """
+import multiprocessing, sys, envs, torch, {name} as script
+def train(run_dir):
+    script.train(script.Args(**{options}, run_dir=run_dir))
+torch.set_num_threads(2)
+train(sys.argv[1] + "/before")
+with multiprocessing.get_context("fork").Pool(1) as pool:
+    pool.map(train, [sys.argv[1] + "/forked"])
+"""
+
+
+@pytest.mark.parametrize("name", [name for name in SCRIPTS if name not in ("ddpg", "td3", "sac")])
+def test_train_in_a_forked_process_after_training(name, tmp_path):
+    """A fork of a process in which torch has used several threads hangs when it uses them too.
+
+    ddpg, td3 and sac use them by default: the README says to spawn.
+    """
+    options = dict(SHORT[name], env_id=env_id(name), total_timesteps=300, eval_episodes=3)
+    options.pop("hidden")  # layers of the size of the defaults
+    line = [sys.executable, "-c", FORKED.format(name=name, options=options), str(tmp_path)]
+    path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    environment = {**os.environ, "PYTHONPATH": path}
+    done = subprocess.run(line, capture_output=True, text=True, timeout=120, env=environment)
+    assert done.stdout.count("eval_return_mean=") == 2, done.stderr[-2000:]
+
+
+@every_script
+def test_a_subclass_of_the_options_can_add_its_own(name):
+    @dataclasses.dataclass
+    class Mine(module(name).Args):
+        extra: int = 3
+
+    assert Mine(extra=np.int64(4)).extra == 4
+    for wrong in {"extra": 0.5}, {"seed": 0.5}:
+        with pytest.raises(module(name).Refusal, match=f"--{next(iter(wrong))}"):
+            Mine(**wrong)
 
 
 @every_script
