@@ -33,6 +33,7 @@ the root of its mean square, plus ε; the paper adds ε under the root. Here ε 
 a small ε the next failure would change all weights by a large step. Two defaults differ from the
 paper's because they carry over to more tasks: k is 32 (5 in the paper), the entropy bonus 0 (0.01
 in the paper).
+
 Under torchrun, the document's synchronous scheme, each process gets an equal part of the
 environments, and gradients are averaged over the real steps of all processes. For k = ∞ an
 environment whose episode has ended plays on until all episodes have ended. Those extra steps count

@@ -43,6 +43,7 @@ towards --total-timesteps, but not towards any fitness.
 Beyond the document: it leaves the weights w_i open; they are Hansen's. Its ε in eq. 4 is called η,
 as in cem.py. Observations are normalised by their running mean and standard deviation and clipped
 to [-10, 10]. Evaluation plays the policy of the mean μ.
+
 Beyond the tutorial: fitness is maximised. In C^½ eigenvalues below 1e-14 of the largest are raised
 to that. Only --total-timesteps ends the search. n = 24 is more than the tutorial's 4 + ⌊3 ln d⌋ (up
 to d = 785), because the return of one episode is a noisy fitness. σ starts at 3, which did better

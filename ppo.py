@@ -32,18 +32,18 @@ Beyond the document: GAE(λ) (Schulman et al. 2016, arXiv 1506.02438), which for
 document's one-step advantage; standardised advantages; an entropy bonus; --target-kl; one clip of
 the gradient's norm and one optimiser for both networks; a learning rate that falls linearly;
 orthogonal initial weights. σ is learned, one for each action dimension. The environment gets
-actions clipped to its bounds, but log π_θ is that of the action before it was clipped.
-With --norm-obs the running mean is subtracted from observations, which are then divided by their
-running standard deviation. With --norm-rewards rewards are divided by the running standard
-deviation of their discounted sum so far, or by 0.01 if that is larger. Both are clipped to
-[-10, 10].
+actions clipped to its bounds, but log π_θ is that of the action before it was clipped. With
+--norm-obs the running mean is subtracted from observations, which are then divided by their running
+standard deviation. With --norm-rewards rewards are divided by the running standard deviation of
+their discounted sum so far, or by 0.01 if that is larger. Both are clipped to [-10, 10].
+
 Adam takes the gradient steps, with 1e-5 for the small number in its denominator (torch's is 1e-8),
-as is usual for PPO. Many implementations clip the value loss; this one does not.
-The weight α of the KL penalty is constant, as in the document; the paper adapts it to a target KL.
-The defaults of K, ε, γ and λ and the sizes
-of batch and minibatch, 2,048 steps and 64, are the paper's for MuJoCo. Here 16 environments fill a
-batch (there one does), and the learning rate (there 3e-4) and the initial σ (1 in the authors'
-code) are others, which work on more tasks.
+as is usual for PPO. Many implementations clip the value loss; this one does not. The weight α of
+the KL penalty is constant, as in the document; the paper adapts it to a target KL. The defaults of
+K, ε, γ and λ and the sizes of batch and minibatch, 2,048 steps and 64, are the paper's for MuJoCo.
+Here 16 environments fill a batch (there one does), and the learning rate (there 3e-4) and the
+initial σ (1 in the authors' code) are others, which work on more tasks.
+
 Under torchrun each process gets an equal part of the environments and standardises the advantages
 of its own. Gradients are averaged over the real steps of all processes.
 
@@ -434,7 +434,7 @@ def train(args: Args) -> np.ndarray:
         if N * world != args.num_envs:
             raise Refusal(f"--num-envs {args.num_envs} must be a multiple of the {world} processes")
         if args.minibatches > T // 2 * N:  # at worst every second step is a reset step
-            raise Refusal(f"--minibatches {args.minibatches}: too many for {N} x {T} steps")
+            raise Refusal(f"--minibatches {args.minibatches}: {N} x {T} steps allow {T // 2 * N}")
 
         # 1. Initialise, with the same weights in every process.
         torch.manual_seed(args.seed)

@@ -37,6 +37,7 @@ standard deviation, so it also rescales the gradient. Adam takes the gradient st
 environment gets actions clipped to its bounds, but log π_θ is that of the action before it was
 clipped. With --norm-obs the running mean is subtracted from observations; they are divided by their
 running standard deviation and clipped to [-10, 10].
+
 Under torchrun each process gets an equal part of the environments. Gradients of θ are averaged, as
 all processes have equally many trajectories; gradients of φ are weighted by the steps of each
 process. Each process takes b, b_t and the statistics of --standardize from its own trajectories;
