@@ -130,7 +130,7 @@ class Args:
     device: Literal["cpu", "cuda"] = "cpu"  # where networks compute; not saved in checkpoints
     run_dir: str = ""  # directory to write to; if empty that of --resume, or a new one in runs/
     eval_episodes: int = 20  # greedy episodes in an evaluation, each of at most 100000 steps
-    eval_every: int = 0  # environment steps between evaluations; 0: evaluate only at the end
+    eval_every: int = 0  # steps between evaluations, which wait for a log entry; 0: only at the end
     capture_video: bool = False  # record the evaluations as videos in <run-dir>/videos
     checkpoint_every: int = 60  # seconds between checkpoints; 0: save only when the run ends
     resume: str = ""  # checkpoint to continue from; options not given come from it
@@ -324,15 +324,16 @@ def make_policy(env, args):
 def in_numpy(net):
     """Turn net into a function of numpy arrays, much faster than torch for a few rows.
 
-    It translates layer by layer; an unknown layer, or a net with its own forward, runs in torch.
+    It translates layer by layer. An unknown layer, one with a hook before its forward, and a net
+    with a forward of its own run in torch.
     The function sees later changes of weights on the CPU; of weights on a GPU it holds a copy.
     """
     if type(net) is nn.Tanh:
         return np.tanh
     if type(net) is nn.ReLU:
         return lambda x: np.maximum(x, 0)
-    if type(net) is nn.Linear and net.bias is not None:
-        weight, bias = net.weight.detach().cpu().numpy().T, net.bias.detach().cpu().numpy()
+    if type(net) is nn.Linear and net.bias is not None and not net._forward_pre_hooks:
+        weight, bias = (x.detach().cpu().numpy().T for x in (net.weight, net.bias))
         return lambda x: x @ weight + bias
     if type(net).forward is nn.Sequential.forward:
         layers = [in_numpy(layer) for layer in net]
@@ -419,6 +420,7 @@ def train(args: Args) -> np.ndarray:
             action = epsilon_greedy(q_values(obs), epsilon, run.rng)
             window.append((obs.copy(), action))  # the environment may overwrite obs
             next_obs, reward, terminated, truncated, _ = env.step(action + q_net.start)
+            reward = float(reward)  # a sum of numpy's int8 or float16 would overflow
             check_finite("an observation or a reward", next_obs.sum(dtype=float) + reward)
 
             # 3. Store the transition whose N rewards are complete; when the episode ends, all left.

@@ -104,7 +104,7 @@ class Args:
     device: Literal["cpu", "cuda"] = "cpu"  # where networks compute; not saved in checkpoints
     run_dir: str = ""  # directory to write to; if empty that of --resume, or a new one in runs/
     eval_episodes: int = 20  # greedy episodes in an evaluation, each of at most 100000 steps
-    eval_every: int = 0  # environment steps between evaluations; 0: evaluate only at the end
+    eval_every: int = 0  # steps between evaluations, which wait for a log entry; 0: only at the end
     capture_video: bool = False  # record the evaluations as videos in <run-dir>/videos
     checkpoint_every: int = 60  # seconds between checkpoints; 0: save only when the run ends
     resume: str = ""  # checkpoint to continue from; options not given come from it

@@ -55,7 +55,7 @@ frames, and in v5 the game repeats the previous action with probability 1/4 (sti
 
 Logged: losses are means over all minibatches of the latest batch. last_kl, last_entropy and
 last_clip_fraction (the share of ratios outside the clip range) are those of the policy after its
-last update, over the whole batch.
+last update, over the whole batch. Under torchrun all but last_kl are of a process's own part.
 
 Paper: Schulman et al. 2017, Proximal Policy Optimization Algorithms, arXiv 1707.06347.
 """
@@ -136,7 +136,7 @@ class Args:
     device: Literal["cpu", "cuda"] = "cpu"  # where networks compute; not saved in checkpoints
     run_dir: str = ""  # directory to write to; if empty that of --resume, or a new one in runs/
     eval_episodes: int = 20  # greedy episodes in an evaluation, each of at most 100000 steps
-    eval_every: int = 0  # environment steps between evaluations; 0: evaluate only at the end
+    eval_every: int = 0  # steps between evaluations, which wait for a log entry; 0: only at the end
     capture_video: bool = False  # record the evaluations as videos in <run-dir>/videos
     checkpoint_every: int = 60  # seconds between checkpoints; 0: save only when the run ends
     resume: str = ""  # checkpoint to continue from; options not given come from it
@@ -322,15 +322,16 @@ def mlp(env, args, outputs, gain):
 def in_numpy(net):
     """Turn net into a function of numpy arrays, much faster than torch for a few rows.
 
-    It translates layer by layer; an unknown layer, or a net with its own forward, runs in torch.
+    It translates layer by layer. An unknown layer, one with a hook before its forward, and a net
+    with a forward of its own run in torch.
     The function sees later changes of weights on the CPU; of weights on a GPU it holds a copy.
     """
     if type(net) is nn.Tanh:
         return np.tanh
     if type(net) is nn.ReLU:
         return lambda x: np.maximum(x, 0)
-    if type(net) is nn.Linear and net.bias is not None:
-        weight, bias = net.weight.detach().cpu().numpy().T, net.bias.detach().cpu().numpy()
+    if type(net) is nn.Linear and net.bias is not None and not net._forward_pre_hooks:
+        weight, bias = (x.detach().cpu().numpy().T for x in (net.weight, net.bias))
         return lambda x: x @ weight + bias
     if type(net).forward is nn.Sequential.forward:
         layers = [in_numpy(layer) for layer in net]

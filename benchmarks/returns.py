@@ -380,11 +380,13 @@ def aggregates(results):
             for name, scores in (("ours", ours), ("stable-baselines3", theirs))
         ]
         chance = with_interval(mean_better, ours, theirs, digits=2)
+        count = sum("peer" in result["row"] for result in whole)
+        all_seeds = np.mean([score(r["row"], r["values"]).mean() for r in both])
         lines += [
-            f"On the {len(both)} rows of {sum('peer' in r['row'] for r in whole)} that "
-            f"stable-baselines3 has run so far, interquartile mean and mean: {'; '.join(parts)}. "
-            f"A run of ours returns more than "
-            f"one of the peer's with probability {chance}, the mean over these rows."
+            f"Scores of the first five seeds on {len(both)} rows, of {count} for which rl-zoo has "
+            f"settings, interquartile mean and mean: {'; '.join(parts)}. With all of our seeds our "
+            f"mean is {all_seeds:.3f}. A run of ours returns more than one of the peer's with "
+            f"probability {chance}, the mean over these rows."
         ]
     return lines
 

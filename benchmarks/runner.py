@@ -35,7 +35,8 @@ COLORS = dict(  # of a script in every plot
     sac="tab:gray",
 )
 # Student's t, 97.5% quantile, by degrees of freedom
-T = "12.706 4.303 3.182 2.776 2.571 2.447 2.365 2.306 2.262 2.228 2.201 2.179 2.160 2.145"
+T = """12.70620 4.30265 3.18245 2.77645 2.57058 2.44691 2.36462 2.30600 2.26216 2.22814 2.20099 2.17881
+2.16037 2.14479"""
 T = [float(quantile) for quantile in T.split()]
 LOCK = threading.Lock()
 

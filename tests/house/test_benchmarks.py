@@ -240,7 +240,7 @@ def test_speeds_are_kept_turn_by_turn_for_todays_code_only(tmp_path, monkeypatch
 
 def test_statistics_by_hand():
     low, high = runner.interval([1, 2, 3])
-    assert (low, high) == pytest.approx((2 - 4.303 / 3**0.5, 2 + 4.303 / 3**0.5))
+    assert (low, high) == pytest.approx((2 - 4.30265 / 3**0.5, 2 + 4.30265 / 3**0.5))
     assert returns.better(np.array([1, 3]), np.array([1, 2])) == (0.5 + 0 + 1 + 1) / 4
     assert returns.interquartile_mean(np.array([[-100, 1], [2, 900]])) == 1.5
     row = {**ROW, "reference": 500}

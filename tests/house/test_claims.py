@@ -75,11 +75,13 @@ def test_predictions_are_judged_by_the_interval_of_the_difference(a, b, verdict)
 def test_the_difference_by_hand():
     gap, low, high = claims.difference([1, 2, 3], [1, 1, 1])
     assert (
-        gap == 1 and high - gap == pytest.approx(4.303 * (1 / 3) ** 0.5) and gap - low == high - gap
+        gap == 1
+        and high - gap == pytest.approx(4.30265 * (1 / 3) ** 0.5)
+        and gap - low == high - gap
     )
     for a in np.random.default_rng(0).normal(size=(20, 8)):  # 7 degrees, whatever the rounding
         gap, _, high = claims.difference(a, [1.0] * 8)
-        assert high - gap == pytest.approx(2.365 * (a.var(ddof=1) / 8) ** 0.5)
+        assert high - gap == pytest.approx(2.36462 * (a.var(ddof=1) / 8) ** 0.5)
 
 
 def test_the_verdict_of_a_claim():

@@ -6,6 +6,7 @@ import pytest
 from conftest import SCRIPTS, command, module
 from gymnasium import spaces
 from runs import env_id, every_script, refused, train
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 OBSERVATIONS = [
     spaces.Box(-1, 1, (3,)),
@@ -95,7 +96,7 @@ class Loose(gym.Env):
     """
 
     observation_space = spaces.Box(-1e30, 1e30, (2,), np.float32)
-    rewards = 1, True, np.float64(0.5), np.int64(2), np.float32(1.5)
+    rewards = np.int8(100), np.int8(100), True, np.float64(0.5), np.int64(2), np.float32(1.5)
 
     def __init__(self, action_space):
         self.action_space = action_space
@@ -107,7 +108,7 @@ class Loose(gym.Env):
 
     def step(self, action):
         self.t += 1
-        ended = self.t == 5
+        ended = self.t == 6
         return np.zeros(2), self.rewards[self.t - 1], np.bool_(ended), int(ended), {"t": self.t}
 
 
@@ -117,4 +118,6 @@ def test_an_environment_that_is_loose_with_types(name, tmp_path):
     gym.registry.pop("Loose-v0", None)
     gym.register("Loose-v0", lambda: Loose(action_space), disable_env_checker=True)
     returns = train(name, tmp_path, env_id="Loose-v0", total_timesteps=200)
-    assert returns.tolist() == [1 + 1 + 0.5 + 2 + 1.5] * 3
+    assert returns.tolist() == [205] * 3
+    log = EventAccumulator(str(tmp_path)).Reload()
+    assert {event.value for event in log.Scalars("charts/episodic_return")} == {205}

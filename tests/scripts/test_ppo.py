@@ -99,11 +99,12 @@ class Halved(torch.nn.Linear):
         [torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.Softplus()), torch.nn.Linear(3, 2)],
         [torch.nn.Linear(3, 2), Doubled(torch.nn.Tanh())],
         [ppo.RunningNorm(3), torch.nn.Linear(3, 2)],
+        [torch.nn.utils.spectral_norm(torch.nn.Linear(3, 4)), torch.nn.Linear(4, 2)],
     ],
-    ids=["other activation", "more layers", "no bias", "nested", "own forward", "normaliser"],
+    ids=["activation", "layers", "no bias", "nested", "own forward", "normaliser", "hook"],
 )
 def test_a_changed_network_acts_as_it_learns(layers):
-    net = torch.nn.Sequential(*layers)
+    net = torch.nn.Sequential(*layers).eval()
     for x in (np.float32([[0.5, -2, 1], [3, 0, -1]]), np.float32([1, 2, 3])):
         ours = ppo.in_numpy(net)(x)
         np.testing.assert_allclose(ours, net(torch.from_numpy(x)).detach(), atol=1e-6)

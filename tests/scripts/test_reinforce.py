@@ -428,6 +428,14 @@ def test_each_loss_moves_its_own_network(tmp_path, monkeypatch, learn_std):
     assert max(a.abs().max() for a in stored) > 1.5
 
 
+def test_the_logged_entropy_is_of_the_policy_that_played(tmp_path):
+    """Before the step that changes σ."""
+    trained(tmp_path, "MatchedBox-v0", 1, init_std=1.0, learn_std=True)
+    assert load(tmp_path)["policy"]["log_std"] != 0
+    entropy = torch.distributions.Normal(0, 1).entropy()
+    assert scalars(tmp_path)["losses/entropy"] == pytest.approx([entropy.item()])
+
+
 def test_learning_rates_fall_to_nothing(tmp_path, monkeypatch):
     """Both from their own beginning, in proportion to the steps that are left."""
     rates, step = [], torch.optim.Adam.step
