@@ -266,8 +266,8 @@ def in_numpy(net):
     """Turn net into a function of numpy arrays, much faster than torch for a few rows.
 
     It translates layer by layer. An unknown layer, one with a hook before its forward, and a net
-    with a forward of its own run in torch.
-    The function sees later changes of weights on the CPU; of weights on a GPU it holds a copy.
+    with a forward of its own run in torch. The function sees later changes of weights on the CPU;
+    of weights on a GPU it holds a copy.
     """
     if type(net) is nn.Tanh:
         return np.tanh
