@@ -202,10 +202,10 @@ def k_step_advantages(rewards, values, terminated, truncated, gamma, k):
 
 
 def policy_gradient_loss(logp, advantages):
-    """-E[log π_θ(a|s) A], whose gradient is -ĝ of [The Core Actor-Critic Framework, eq. 1]
+    """-E[log π_θ(a|s) A], whose gradient is -N/B ĝ of [The Core Actor-Critic Framework, eq. 1]
 
-    The mean here is over the B steps, the sum there over N trajectories: it is ĝ times N/B. If they
-    are whole episodes, their lengths decide B.
+    ĝ is a mean over N trajectories, this is one over their B steps. Where trajectories are whole
+    episodes, their lengths decide B.
     logp log π_θ, advantages A, constants: (B,). Returns (), to be minimised, in units of reward.
     """
     return -(logp * advantages).mean()
