@@ -286,9 +286,10 @@ def in_numpy(net):
 def box_actions(space):
     """A function that scales actions (n, d) in [-1, 1] to the Box space, (n, *shape).
 
-    Dimensions without bounds are not scaled. Each integer of an integer space gets an equal part.
+    Dimensions without two bounds are not scaled, so 0 should lie in them. Each integer of an
+    integer space gets an equal part.
     """
-    low, high = space.low.astype(np.float64), space.high.astype(np.float64)
+    low, high = np.float64([space.low, space.high])
     bounded = (low > -1e9) & (high < 1e9)
     least, most = np.where(bounded, low, -1), np.where(bounded, high, 1)
     whole = space.dtype.kind in "iub"
@@ -318,7 +319,7 @@ class SoftmaxPolicy(nn.Sequential):
 
     def to_env(self, action):
         """The environment's number for action, (...): its numbers may start above 0."""
-        return action + self.start
+        return action.astype(self.start.dtype) + self.start
 
     def act(self, obs):
         """Greedy actions at obs, (n, obs_dim), as the environment takes them, (n,)."""

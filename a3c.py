@@ -43,7 +43,8 @@ frames, and in v5 the game repeats the previous action with probability 1/4 (sti
 
 Logged: the steps of all workers; the episodes of worker 0 alone, which is the main process, and the
 losses and the entropy of its latest update. Workers are started by fork: the script runs on Linux
-and macOS, not on Windows.
+and macOS, not on Windows. Where torch sees a GPU, a process that has trained before cannot train
+with several workers: hide the GPU by CUDA_VISIBLE_DEVICES="" before it starts.
 
 Paper: Mnih et al. 2016, Asynchronous Methods for Deep Reinforcement Learning, arXiv 1602.01783,
 algorithm S3.
@@ -284,9 +285,10 @@ def in_numpy(net):
 def box_actions(space):
     """A function that scales actions (n, d) in [-1, 1] to the Box space, (n, *shape).
 
-    Dimensions without bounds are not scaled. Each integer of an integer space gets an equal part.
+    Dimensions without two bounds are not scaled, so 0 should lie in them. Each integer of an
+    integer space gets an equal part.
     """
-    low, high = space.low.astype(np.float64), space.high.astype(np.float64)
+    low, high = np.float64([space.low, space.high])
     bounded = (low > -1e9) & (high < 1e9)
     least, most = np.where(bounded, low, -1), np.where(bounded, high, 1)
     whole = space.dtype.kind in "iub"
@@ -316,7 +318,7 @@ class SoftmaxPolicy(nn.Sequential):
 
     def to_env(self, action):
         """The environment's number for action, (...): its numbers may start above 0."""
-        return action + self.start
+        return action.astype(self.start.dtype) + self.start
 
     def act(self, obs):
         """Greedy actions at obs, (n, obs_dim), as the environment takes them, (n,)."""

@@ -161,11 +161,12 @@ class Policies(nn.Module):
 
     def __init__(self, env, args):
         super().__init__()
-        space = env.action_space
-        discrete = isinstance(space, gym.spaces.Discrete)
-        self.to_env = (lambda x: x.argmax(-1) + space.start) if discrete else box_actions(space)
-        outputs = int(space.n) if discrete else space.low.size
-        self.sizes = [env.observation_space.shape[0], *[args.hidden] * args.layers, outputs]
+        space, hidden = env.action_space, [args.hidden] * args.layers
+        box = isinstance(space, gym.spaces.Box)
+        self.to_env = (
+            box_actions(space) if box else lambda x: x.argmax(-1).astype(space.dtype) + space.start
+        )
+        self.sizes = [*env.observation_space.shape, *hidden, gym.spaces.flatdim(space)]
         self.mu = nn.Buffer(torch.zeros(sum((i + 1) * o for i, o in pairwise(self.sizes))))
 
     def unpack(self, theta):
@@ -196,9 +197,10 @@ def make_policy(env, args):
 def box_actions(space):
     """A function that scales actions (n, d) in [-1, 1] to the Box space, (n, *shape).
 
-    Dimensions without bounds are not scaled. Each integer of an integer space gets an equal part.
+    Dimensions without two bounds are not scaled, so 0 should lie in them. Each integer of an
+    integer space gets an equal part.
     """
-    low, high = space.low.astype(np.float64), space.high.astype(np.float64)
+    low, high = np.float64([space.low, space.high])
     bounded = (low > -1e9) & (high < 1e9)
     least, most = np.where(bounded, low, -1), np.where(bounded, high, 1)
     whole = space.dtype.kind in "iub"

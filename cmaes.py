@@ -303,18 +303,19 @@ class RunningNorm(nn.Module):
 class Policies(nn.Module):
     """Deterministic policies π_θ of one shape: tanh layers, then a linear one. mu is one θ, (d,).
 
-    Policies act on normalised observations once norm has statistics.
+    Policies act on normalised observations, of float32, once norm has statistics.
     A row of θ holds the weights and biases of one policy. Over a Discrete space it takes the argmax
     of its outputs; over a Box its outputs, where -1 and 1 are the bounds if there are any.
     """
 
     def __init__(self, env, args):
         super().__init__()
-        space = env.action_space
-        discrete = isinstance(space, gym.spaces.Discrete)
-        self.to_env = (lambda x: x.argmax(-1) + space.start) if discrete else box_actions(space)
-        outputs = int(space.n) if discrete else space.low.size
-        self.sizes = [env.observation_space.shape[0], *[args.hidden] * args.layers, outputs]
+        space, hidden = env.action_space, [args.hidden] * args.layers
+        box = isinstance(space, gym.spaces.Box)
+        self.to_env = (
+            box_actions(space) if box else lambda x: x.argmax(-1).astype(space.dtype) + space.start
+        )
+        self.sizes = [*env.observation_space.shape, *hidden, gym.spaces.flatdim(space)]
         self.norm = RunningNorm(*env.observation_space.shape) if args.norm_obs else None
         self.mu = nn.Buffer(torch.zeros(sum((i + 1) * o for i, o in pairwise(self.sizes))))
 
@@ -330,7 +331,7 @@ class Policies(nn.Module):
     def actions(self, layers, obs):
         """The action of each policy at its row of obs, (n, obs_dim), as environments take it."""
         if self.norm and self.norm.count:
-            obs = self.norm(torch.as_tensor(obs).to(self.mu)).cpu().numpy()
+            obs = self.norm(torch.as_tensor(np.float32(obs)).to(self.mu)).cpu().numpy()
         for i, (weights, bias) in enumerate(layers):
             obs = np.matvec(weights, np.tanh(obs) if i else obs) + bias
         return self.to_env(obs)
@@ -348,9 +349,10 @@ def make_policy(env, args):
 def box_actions(space):
     """A function that scales actions (n, d) in [-1, 1] to the Box space, (n, *shape).
 
-    Dimensions without bounds are not scaled. Each integer of an integer space gets an equal part.
+    Dimensions without two bounds are not scaled, so 0 should lie in them. Each integer of an
+    integer space gets an equal part.
     """
-    low, high = space.low.astype(np.float64), space.high.astype(np.float64)
+    low, high = np.float64([space.low, space.high])
     bounded = (low > -1e9) & (high < 1e9)
     least, most = np.where(bounded, low, -1), np.where(bounded, high, 1)
     whole = space.dtype.kind in "iub"

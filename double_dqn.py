@@ -309,10 +309,14 @@ class QNetwork(nn.Sequential):
             super().__init__(RunningNorm(*shape), first, relu, middle, relu, last)
         self.start = env.action_space.start
 
+    def to_env(self, action):
+        """The environment's number for action, (...): its numbers may start above 0."""
+        return action.astype(self.start.dtype) + self.start
+
     def act(self, obs):
         """Greedy actions at obs, (n, obs_dim), numbered as in the environment, (n,)."""
         q = self(torch.as_tensor(obs).to(self[-1].weight))
-        return q.argmax(-1).cpu().numpy() + self.start
+        return self.to_env(q.argmax(-1).cpu().numpy())
 
 
 def make_policy(env, args):
@@ -418,7 +422,7 @@ def train(args: Args) -> np.ndarray:
             epsilon = epsilon_at(run.step, args.burn_in, args.epsilon_steps, args.epsilon)
             action = epsilon_greedy(q_values(obs), epsilon, run.rng)
             window.append((obs.copy(), action))  # the environment may overwrite obs
-            next_obs, reward, terminated, truncated, _ = env.step(action + q_net.start)
+            next_obs, reward, terminated, truncated, _ = env.step(q_net.to_env(action))
             reward = float(reward)  # a sum of numpy's int8 or float16 would overflow
             check_finite("an observation or a reward", next_obs.sum(dtype=float) + reward)
 

@@ -258,7 +258,7 @@ class QNetworks(nn.Module):
 def make_policy(env, args):
     """The policy for the spaces of env, whose actions must have finite bounds."""
     space = env.action_space
-    if max(np.abs(space.low).max(), np.abs(space.high).max()) > 1e9:
+    if np.abs(np.float64([space.low, space.high])).max() > 1e9:
         raise Refusal(f"{args.env_id} takes actions of {space}; {SCRIPT}.py needs finite bounds")
     return Actor(env, args.hidden)
 
@@ -266,9 +266,10 @@ def make_policy(env, args):
 def box_actions(space):
     """A function that scales actions (n, d) in [-1, 1] to the Box space, (n, *shape).
 
-    Dimensions without bounds are not scaled. Each integer of an integer space gets an equal part.
+    Dimensions without two bounds are not scaled, so 0 should lie in them. Each integer of an
+    integer space gets an equal part.
     """
-    low, high = space.low.astype(np.float64), space.high.astype(np.float64)
+    low, high = np.float64([space.low, space.high])
     bounded = (low > -1e9) & (high < 1e9)
     least, most = np.where(bounded, low, -1), np.where(bounded, high, 1)
     whole = space.dtype.kind in "iub"

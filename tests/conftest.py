@@ -14,6 +14,7 @@ from unittest import mock
 
 os.environ.setdefault("SDL_VIDEODRIVER", "dummy")
 os.environ.setdefault("XDG_RUNTIME_DIR", "/tmp")
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # with a GPU, a3c's workers cannot fork after a training
 
 ROOT = pathlib.Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]

@@ -24,7 +24,9 @@ OBSERVATIONS = [
 ACTIONS = [
     spaces.Discrete(3, start=-1),
     spaces.Discrete(1),
+    spaces.Discrete(3, start=250, dtype=np.uint8),
     spaces.Box(-2, 2, (2, 2)),
+    spaces.Box(-3, 5, (1,), np.float16),
     spaces.Box(-100, 100, (1,), np.int8),
     spaces.Box(0, 255, (2,), np.uint8),
     spaces.Box(-1e-3, 1e3, (1,), np.float64),
@@ -32,6 +34,8 @@ ACTIONS = [
 WITHOUT_BOUNDS = [
     spaces.Box(np.array([-1.0, 0.0, -np.inf]), np.array([1.0, 10.0, np.inf]), dtype=np.float64),
     spaces.Box(-1e30, 1e30, (1,)),
+    spaces.Box(-np.inf, np.inf, (1,), np.float16),
+    spaces.Box(np.iinfo(np.int32).min, 0, (1,), np.int32),
 ]
 NEEDS_BOUNDS = "ddpg", "td3", "sac"
 
@@ -73,11 +77,12 @@ def test_unsupported_spaces_are_refused(name, tmp_path, obs, action):
     refused(command(name, *options), wrong)
 
 
-@pytest.mark.parametrize("space", WITHOUT_BOUNDS, ids=["infinite", "huge"])
+@pytest.mark.parametrize("space", WITHOUT_BOUNDS, ids=["infinite", "huge", "short", "integer"])
 @pytest.mark.parametrize("name", NEEDS_BOUNDS)
 def test_actions_without_bounds_are_refused_where_they_are_scaled(name, space, tmp_path):
     task = spaced(OBSERVATIONS[0], space)
-    refused(command(name, "--env-id", task, "--run-dir", tmp_path), "finite bounds")
+    options = ["--env-id", task, "--run-dir", tmp_path, "--total-timesteps", 1]
+    refused(command(name, *options), "finite bounds")
 
 
 @pytest.mark.parametrize("name", SCRIPTS)

@@ -4,6 +4,7 @@ import itertools
 import math
 import statistics
 import sys
+from types import SimpleNamespace
 
 import cmaes
 import gymnasium as gym
@@ -394,6 +395,16 @@ def test_reward_depends_on_action_and_observation(tmp_path, update, more):
 def test_continuous_action(tmp_path, update, least):
     more = dict(update=update, episodes=4, noise=1e-4)
     assert cmaes.train(options(tmp_path, "MatchedBox-v0", 4_000, **more)).mean() > least
+
+
+def test_observations_are_of_float32_like_their_statistics():
+    """0.1 is not float32's 0.1. The difference would be divided by a deviation of 0.0001."""
+    obs_space, actions = gym.spaces.Box(-1, 1, (1,), np.float64), gym.spaces.Box(-np.inf, np.inf)
+    env = SimpleNamespace(observation_space=obs_space, action_space=actions)
+    policies = cmaes.Policies(env, cmaes.Args(layers=0)).double()
+    policies.mu += 100
+    policies.norm.include(np.full((5, 1), 0.1, np.float32))
+    assert policies.act(np.full((1, 1), 0.1)) == 100
 
 
 def test_hidden_layers_learn_too(tmp_path):
