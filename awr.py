@@ -350,7 +350,7 @@ class SoftmaxPolicy(nn.Sequential):
         return (logits + rng.gumbel(size=logits.shape)).argmax(-1)
 
     def to_env(self, action):
-        """The environment's number for action, (...): its numbers may start above 0."""
+        """action, (...), counted from 0, as the environment numbers it, in its space's type."""
         return action.astype(self.start.dtype) + self.start
 
     def act(self, obs):

@@ -311,7 +311,7 @@ class QNetwork(nn.Sequential):
         self.start = env.action_space.start
 
     def to_env(self, action):
-        """The environment's number for action, (...): its numbers may start above 0."""
+        """action, (...), counted from 0, as the environment numbers it, in its space's type."""
         return action.astype(self.start.dtype) + self.start
 
     def act(self, obs):
