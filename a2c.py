@@ -80,7 +80,7 @@ import time
 from collections import deque
 from contextlib import AbstractContextManager, ExitStack, redirect_stdout
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Literal, get_args, get_type_hints
 
 import gymnasium as gym
 import numpy as np
@@ -129,17 +129,17 @@ class Args:
         """Refuse values of the wrong type or out of range; turn numpy numbers into Python's."""
         for name, value in vars(self).items():
             # kinds: its choices, or its types
-            kinds = get_args(kind := self.__dataclass_fields__[name].type) or [kind]
+            kinds = get_args(kind := get_type_hints(self.__class__)[name]) or [kind]
             value = getattr(value, "item", lambda: value)()
             value = float(value) if float in kinds and type(value) is int else value
             setattr(self, name, value)
             positive = int in kinds and name not in ("seed", "eval_every", "checkpoint_every")
-            low, high = LIMITS.get(name, (+positive, 1e18))
+            low, high = LIMITS.get(name, (positive, 1e18))
             fits = value in kinds or type(value) in kinds
-            if not fits or type(value) in (int, float) and not low <= value <= high:
+            if not fits or isinstance(value, int | float) and not low <= value <= high:
                 raise Refusal(
                     f"--{name.replace('_', '-')} {value}: it must be "
-                    f"{' or '.join(getattr(x, '__name__', x) for x in kinds)} from {low} to {high}"
+                    f"{' or '.join(getattr(x, '__name__', x) for x in kinds)} from {+low} to {high}"
                 )
         if self.device == "cuda" and not torch.cuda.is_available():
             raise Refusal("--device cuda: no GPU is available")
@@ -265,9 +265,9 @@ def mlp(env, args, outputs, gain):
 def in_numpy(net):
     """Turn net into a function of numpy arrays, much faster than torch for a few rows.
 
-    It translates layer by layer. An unknown layer, one with a hook before its forward, and a net
-    with a forward of its own run in torch. The function sees later changes of weights on the CPU;
-    of weights on a GPU it holds a copy.
+    It translates layer by layer. An unknown layer, a linear one with a hook before its forward, and
+    a net with a forward of its own run in torch. The function sees later changes of weights on the
+    CPU; of weights on a GPU it holds a copy.
     """
     if type(net) is nn.Tanh:
         return np.tanh
@@ -373,7 +373,7 @@ def train(args: Args) -> np.ndarray:
     """Run the algorithm above; return the episode returns of the final evaluation."""
     with ExitStack() as stack:
         rank, world, device = start_processes(stack, args.device)
-        N, whole = args.num_envs // world, args.k_step == 0
+        N, whole = args.num_envs // world, not args.k_step
         if args.num_envs % world:
             raise Refusal(f"--num-envs {args.num_envs} must be a multiple of the {world} processes")
 
@@ -399,8 +399,8 @@ def train(args: Args) -> np.ndarray:
         )
 
         # obs[t + 1] is the true successor of obs[t], also where an episode ended. The step after an
-        # end is the reset step: its action was ignored, its reward is 0, and real is False there.
-        # For k = ∞ real stays False from the end of an episode to the end of the rollout.
+        # end is the reset step: its action was ignored, and real is False there. For k = ∞ real
+        # stays False from the end of an episode to the end of the rollout.
         obs_type = env.observation_space.dtype if image else np.float32
         obs = np.zeros((T + 1, *envs.observation_space.shape), obs_type)  # (T+1, N, obs_dim)
         rewards = np.zeros((T, N), np.float32)
@@ -417,18 +417,19 @@ def train(args: Args) -> np.ndarray:
             obs[0], real[0] = obs[T], real[T]
             if whole:
                 obs[0], _ = envs.reset()
-                real[0], episode[:] = True, 0
+                real[0] = True
             pi, actions, steps, ended = in_numpy(policy), [], 0, ~real[0]
             for t in range(T):
                 actions.append(policy.sample(pi(obs[t]), run.rng))  # (N,) or (N, action_dim)
-                steps += N - ended.sum()  # reset steps are not counted
+                steps += sum(~ended)  # reset steps are not counted
                 outcome = envs.step(policy.to_env(actions[t]))
                 obs[t + 1], rewards[t], terminated[t], truncated[t], _ = outcome
+                truncated[t] |= whole and t == T - 1  # a whole episode is cut after T steps
                 ended = terminated[t] | truncated[t]
                 real[t + 1] = ~ended & real[t] if whole else ~ended
-                episode += rewards[t], real[t]
+                episode += rewards[t] * real[t], real[t]
                 run.episodes.extend(episode[:, ended & real[t]].T)
-                episode[:, ended] = 0
+                episode *= ~ended
                 if whole and not real[t + 1].any():
                     break
             check_finite("an observation or a reward", (obs, rewards))
@@ -445,7 +446,6 @@ def train(args: Args) -> np.ndarray:
                 rows = s, a, advantages, advantages + values[:-1]
                 b_obs, b_actions, b_advantages, b_returns = (x[real_steps].to(device) for x in rows)
             total, steps = all_sum(torch.tensor([len(b_obs), steps])).tolist()
-            share = len(b_obs) / total  # this process's share of the real steps
 
             # 4. Loss, which is -L.
             features = torso(b_obs)
@@ -458,7 +458,7 @@ def train(args: Args) -> np.ndarray:
             # 5. RMSprop step.
             optimizer.zero_grad()
             loss.backward()
-            all_sum(*(x.grad for x in parameters), weight=share)
+            all_sum(*(x.grad for x in parameters), weight=len(b_obs) / total)  # weighted by steps
             nn.utils.clip_grad_norm_(parameters, args.max_grad_norm or math.inf)
             optimizer.step()
 
@@ -498,6 +498,7 @@ def make_envs(args, n):
     """A vector environment of n copies: gymnasium's own version if it has one and no kwargs."""
     kwargs = json.loads(args.env_kwargs)  # which its own version may read in another way
     envs = gym.make_vec(args.env_id, n, "sync" if kwargs else None, **kwargs)
+    envs._add_info = lambda *_: {}  # infos are not used, and need not fit together
     if (mode := envs.metadata.get("autoreset_mode")) != gym.vector.AutoresetMode.NEXT_STEP:
         raise Refusal(f"{args.env_id} resets its episodes by {mode}; {SCRIPT}.py needs NEXT_STEP")
     flat = gym.spaces.flatten_space(envs.single_observation_space) == envs.single_observation_space
@@ -509,7 +510,7 @@ def check_finite(what, x):
 
     Integers are; to sum those of an image buffer, torch would need eight times its memory.
     """
-    for part in x.values() if isinstance(x, dict) else x if isinstance(x, (list, tuple)) else ():
+    for part in x.values() if isinstance(x, dict) else x if isinstance(x, list | tuple) else ():
         check_finite(what, part)
     if "float" in str(getattr(x, "dtype", type(x))) and not math.isfinite(torch.as_tensor(x).sum()):
         raise Refusal(f"not finite (nan or inf), so no checkpoint is written: {what}")
@@ -526,11 +527,11 @@ def make_env(args, video=""):
     render = {"render_mode": "rgb_array"} if args.capture_video else {}
     try:
         kwargs = {**({"frameskip": 1} if atari else {}), **json.loads(args.env_kwargs)}
-        env = gym.make("ale_py:" * args.env_id.startswith("ALE/") + args.env_id, **kwargs, **render)
+        env = gym.make("ale_py:" * atari + args.env_id.removeprefix("ale_py:"), **kwargs, **render)
         if atari:  # 84 x 84, grey, every fourth frame, the last four of them
             env = gym.wrappers.FrameStackObservation(gym.wrappers.AtariPreprocessing(env), 4)
-        if render:  # fail now, not after training, if it cannot render
-            assert env.reset() and env.render_mode and env.render() is not None, "no picture"
+        # Fail now, not after training, if it cannot render.
+        assert not render or env.reset() and env.render_mode and np.ndim(env.render()) == 3, render
     except Exception if render else mistakes as error:
         raise Refusal(f"{args.env_id}: {type(error).__name__} {error} {args.env_kwargs}") from error
     space = env.observation_space
@@ -552,7 +553,7 @@ def load(path, learner):
             part.load_state_dict(checkpoint[name])
         return Args(**checkpoint["args"]), checkpoint["env_steps"]
     except Exception as error:
-        why = error if isinstance(error, (OSError, Refusal)) else "damaged, or it has other options"
+        why = error if isinstance(error, OSError | Refusal) else "damaged, or it has other options"
         raise Refusal(f"cannot load {path}: {why}") from error
 
 
@@ -570,12 +571,12 @@ class Run(AbstractContextManager):
         self.next_save = 0 if args.checkpoint_every else math.inf  # in seconds since the epoch
         self.seed()
         new = f"runs/{args.env_id}__{SCRIPT}__{args.seed}__{time.time():.6f}"
-        self.dir = args.run_dir or (args.resume and str(Path(args.resume).absolute().parent)) or new
+        self.dir = args.run_dir or args.resume and os.path.abspath(f"{args.resume}/..") or new
         path = os.path.abspath(f"{self.dir}/checkpoint.pt")
         if os.path.exists(path) and path != os.path.abspath(args.resume):
             raise Refusal(f"--run-dir {self.dir} holds a checkpoint: resume it, or take another")
         try:
-            self.dir += f"__rank{rank}" if rank > 0 else ""
+            self.dir += f"__rank{rank}" if rank else ""
             os.makedirs(self.dir, exist_ok=self.dir != new)
             self.writer = SummaryWriter(self.dir, purge_step=self.step + 1, flush_secs=1)
         except OSError as error:
@@ -628,7 +629,7 @@ class Run(AbstractContextManager):
             os.replace(f"{self.dir}/checkpoint.tmp", f"{self.dir}/checkpoint.pt")
         except (OSError, RuntimeError) as error:
             Path(f"{self.dir}/checkpoint.tmp").unlink(missing_ok=True)
-            raise Refusal(f"cannot write to {self.dir}: {error.__context__ or error}") from error
+            raise Refusal(f"{self.dir}: {getattr(error, 'strerror', error.__context__)}") from error
         self.next_save = time.time() + max(self.args.checkpoint_every, 10 * (time.time() - began))
 
     def evaluate(self):

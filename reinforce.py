@@ -32,7 +32,8 @@ baseline of a batch before it is fitted to it, and leaves g as it is. With G_t a
 lacks the factor γ^t of the exact gradient, as is usual.
 
 Beyond the document: --standardize subtracts the mean of the batch's weights and divides by their
-standard deviation, so it also rescales the gradient. Adam takes the gradient steps, with ε = 1e-5
+standard deviation, so it also rescales the gradient. Weights that are all alike become 0, as R(τ)
+of a single trajectory, which needs --no-standardize. Adam takes the gradient steps, with ε = 1e-5
 (torch's is 1e-8), as in ppo.py. Learning rates fall linearly. Initial weights are orthogonal. The
 environment gets actions clipped to its bounds, but log π_θ is that of the action before it was
 clipped. With --norm-obs the running mean is subtracted from observations; they are divided by their
@@ -77,7 +78,7 @@ import time
 from collections import deque
 from contextlib import AbstractContextManager, ExitStack, closing, redirect_stdout
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Literal, get_args, get_type_hints
 
 import gymnasium as gym
 import numpy as np
@@ -127,17 +128,17 @@ class Args:
         """Refuse values of the wrong type or out of range; turn numpy numbers into Python's."""
         for name, value in vars(self).items():
             # kinds: its choices, or its types
-            kinds = get_args(kind := self.__dataclass_fields__[name].type) or [kind]
+            kinds = get_args(kind := get_type_hints(self.__class__)[name]) or [kind]
             value = getattr(value, "item", lambda: value)()
             value = float(value) if float in kinds and type(value) is int else value
             setattr(self, name, value)
             positive = int in kinds and name not in ("seed", "eval_every", "checkpoint_every")
-            low, high = LIMITS.get(name, (+positive, 1e18))
+            low, high = LIMITS.get(name, (positive, 1e18))
             fits = value in kinds or type(value) in kinds
-            if not fits or type(value) in (int, float) and not low <= value <= high:
+            if not fits or isinstance(value, int | float) and not low <= value <= high:
                 raise Refusal(
                     f"--{name.replace('_', '-')} {value}: it must be "
-                    f"{' or '.join(getattr(x, '__name__', x) for x in kinds)} from {low} to {high}"
+                    f"{' or '.join(getattr(x, '__name__', x) for x in kinds)} from {+low} to {high}"
                 )
         if self.device == "cuda" and not torch.cuda.is_available():
             raise Refusal("--device cuda: no GPU is available")
@@ -274,9 +275,9 @@ def mlp(env, args, outputs, gain):
 def in_numpy(net):
     """Turn net into a function of numpy arrays, much faster than torch for a few rows.
 
-    It translates layer by layer. An unknown layer, one with a hook before its forward, and a net
-    with a forward of its own run in torch. The function sees later changes of weights on the CPU;
-    of weights on a GPU it holds a copy.
+    It translates layer by layer. An unknown layer, a linear one with a hook before its forward, and
+    a net with a forward of its own run in torch. The function sees later changes of weights on the
+    CPU; of weights on a GPU it holds a copy.
     """
     if type(net) is nn.Tanh:
         return np.tanh
@@ -384,7 +385,8 @@ def train(args: Args) -> np.ndarray:
         N = args.num_envs // world
         if N * world != args.num_envs:
             raise Refusal(f"--num-envs {args.num_envs} must be a multiple of the {world} processes")
-        if N == 1 and args.baseline in ("constant", "time"):
+        alike = args.standardize and args.weight == "trajectory" and args.baseline == "none"
+        if N == 1 and (alike or args.baseline in ("constant", "time")):
             raise Refusal(f"--baseline {args.baseline} needs two trajectories in each process")
 
         # 1. Initialise, with the same weights in every process.
@@ -512,6 +514,7 @@ def make_envs(args, n):
     """A vector environment of n copies: gymnasium's own version if it has one and no kwargs."""
     kwargs = json.loads(args.env_kwargs)  # which its own version may read in another way
     envs = gym.make_vec(args.env_id, n, "sync" if kwargs else None, **kwargs)
+    envs._add_info = lambda *_: {}  # infos are not used, and need not fit together
     if (mode := envs.metadata.get("autoreset_mode")) != gym.vector.AutoresetMode.NEXT_STEP:
         raise Refusal(f"{args.env_id} resets its episodes by {mode}; {SCRIPT}.py needs NEXT_STEP")
     flat = gym.spaces.flatten_space(envs.single_observation_space) == envs.single_observation_space
@@ -523,7 +526,7 @@ def check_finite(what, x):
 
     Integers are; to sum those of an image buffer, torch would need eight times its memory.
     """
-    for part in x.values() if isinstance(x, dict) else x if isinstance(x, (list, tuple)) else ():
+    for part in x.values() if isinstance(x, dict) else x if isinstance(x, list | tuple) else ():
         check_finite(what, part)
     if "float" in str(getattr(x, "dtype", type(x))) and not math.isfinite(torch.as_tensor(x).sum()):
         raise Refusal(f"not finite (nan or inf), so no checkpoint is written: {what}")
@@ -540,11 +543,11 @@ def make_env(args, video=""):
     render = {"render_mode": "rgb_array"} if args.capture_video else {}
     try:
         kwargs = {**({"frameskip": 1} if atari else {}), **json.loads(args.env_kwargs)}
-        env = gym.make("ale_py:" * args.env_id.startswith("ALE/") + args.env_id, **kwargs, **render)
+        env = gym.make("ale_py:" * atari + args.env_id.removeprefix("ale_py:"), **kwargs, **render)
         if atari:  # 84 x 84, grey, every fourth frame, the last four of them
             env = gym.wrappers.FrameStackObservation(gym.wrappers.AtariPreprocessing(env), 4)
-        if render:  # fail now, not after training, if it cannot render
-            assert env.reset() and env.render_mode and env.render() is not None, "no picture"
+        # Fail now, not after training, if it cannot render.
+        assert not render or env.reset() and env.render_mode and np.ndim(env.render()) == 3, render
     except Exception if render else mistakes as error:
         raise Refusal(f"{args.env_id}: {type(error).__name__} {error} {args.env_kwargs}") from error
     space = env.observation_space
@@ -566,7 +569,7 @@ def load(path, learner):
             part.load_state_dict(checkpoint[name])
         return Args(**checkpoint["args"]), checkpoint["env_steps"]
     except Exception as error:
-        why = error if isinstance(error, (OSError, Refusal)) else "damaged, or it has other options"
+        why = error if isinstance(error, OSError | Refusal) else "damaged, or it has other options"
         raise Refusal(f"cannot load {path}: {why}") from error
 
 
@@ -584,12 +587,12 @@ class Run(AbstractContextManager):
         self.next_save = 0 if args.checkpoint_every else math.inf  # in seconds since the epoch
         self.seed()
         new = f"runs/{args.env_id}__{SCRIPT}__{args.seed}__{time.time():.6f}"
-        self.dir = args.run_dir or (args.resume and str(Path(args.resume).absolute().parent)) or new
+        self.dir = args.run_dir or args.resume and os.path.abspath(f"{args.resume}/..") or new
         path = os.path.abspath(f"{self.dir}/checkpoint.pt")
         if os.path.exists(path) and path != os.path.abspath(args.resume):
             raise Refusal(f"--run-dir {self.dir} holds a checkpoint: resume it, or take another")
         try:
-            self.dir += f"__rank{rank}" if rank > 0 else ""
+            self.dir += f"__rank{rank}" if rank else ""
             os.makedirs(self.dir, exist_ok=self.dir != new)
             self.writer = SummaryWriter(self.dir, purge_step=self.step + 1, flush_secs=1)
         except OSError as error:
@@ -642,7 +645,7 @@ class Run(AbstractContextManager):
             os.replace(f"{self.dir}/checkpoint.tmp", f"{self.dir}/checkpoint.pt")
         except (OSError, RuntimeError) as error:
             Path(f"{self.dir}/checkpoint.tmp").unlink(missing_ok=True)
-            raise Refusal(f"cannot write to {self.dir}: {error.__context__ or error}") from error
+            raise Refusal(f"{self.dir}: {getattr(error, 'strerror', error.__context__)}") from error
         self.next_save = time.time() + max(self.args.checkpoint_every, 10 * (time.time() - began))
 
     def evaluate(self):

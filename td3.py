@@ -69,7 +69,7 @@ import time
 from collections import deque
 from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Literal, get_args, get_type_hints
 
 import gymnasium as gym
 import numpy as np
@@ -118,17 +118,17 @@ class Args:
         """Refuse values of the wrong type or out of range; turn numpy numbers into Python's."""
         for name, value in vars(self).items():
             # kinds: its choices, or its types
-            kinds = get_args(kind := self.__dataclass_fields__[name].type) or [kind]
+            kinds = get_args(kind := get_type_hints(self.__class__)[name]) or [kind]
             value = getattr(value, "item", lambda: value)()
             value = float(value) if float in kinds and type(value) is int else value
             setattr(self, name, value)
             positive = int in kinds and name not in ("seed", "eval_every", "checkpoint_every")
-            low, high = LIMITS.get(name, (+positive, 1e18))
+            low, high = LIMITS.get(name, (positive, 1e18))
             fits = value in kinds or type(value) in kinds
-            if not fits or type(value) in (int, float) and not low <= value <= high:
+            if not fits or isinstance(value, int | float) and not low <= value <= high:
                 raise Refusal(
                     f"--{name.replace('_', '-')} {value}: it must be "
-                    f"{' or '.join(getattr(x, '__name__', x) for x in kinds)} from {low} to {high}"
+                    f"{' or '.join(getattr(x, '__name__', x) for x in kinds)} from {+low} to {high}"
                 )
         if self.device == "cuda" and not torch.cuda.is_available():
             raise Refusal("--device cuda: no GPU is available")
@@ -429,7 +429,7 @@ def check_finite(what, x):
 
     Integers are; to sum those of an image buffer, torch would need eight times its memory.
     """
-    for part in x.values() if isinstance(x, dict) else x if isinstance(x, (list, tuple)) else ():
+    for part in x.values() if isinstance(x, dict) else x if isinstance(x, list | tuple) else ():
         check_finite(what, part)
     if "float" in str(getattr(x, "dtype", type(x))) and not math.isfinite(torch.as_tensor(x).sum()):
         raise Refusal(f"not finite (nan or inf), so no checkpoint is written: {what}")
@@ -446,11 +446,11 @@ def make_env(args, video=""):
     render = {"render_mode": "rgb_array"} if args.capture_video else {}
     try:
         kwargs = {**({"frameskip": 1} if atari else {}), **json.loads(args.env_kwargs)}
-        env = gym.make("ale_py:" * args.env_id.startswith("ALE/") + args.env_id, **kwargs, **render)
+        env = gym.make("ale_py:" * atari + args.env_id.removeprefix("ale_py:"), **kwargs, **render)
         if atari:  # 84 x 84, grey, every fourth frame, the last four of them
             env = gym.wrappers.FrameStackObservation(gym.wrappers.AtariPreprocessing(env), 4)
-        if render:  # fail now, not after training, if it cannot render
-            assert env.reset() and env.render_mode and env.render() is not None, "no picture"
+        # Fail now, not after training, if it cannot render.
+        assert not render or env.reset() and env.render_mode and np.ndim(env.render()) == 3, render
     except Exception if render else mistakes as error:
         raise Refusal(f"{args.env_id}: {type(error).__name__} {error} {args.env_kwargs}") from error
     space = env.observation_space
@@ -472,7 +472,7 @@ def load(path, learner):
             part.load_state_dict(checkpoint[name])
         return Args(**checkpoint["args"]), checkpoint["env_steps"]
     except Exception as error:
-        why = error if isinstance(error, (OSError, Refusal)) else "damaged, or it has other options"
+        why = error if isinstance(error, OSError | Refusal) else "damaged, or it has other options"
         raise Refusal(f"cannot load {path}: {why}") from error
 
 
@@ -490,12 +490,12 @@ class Run(AbstractContextManager):
         self.next_save = 0 if args.checkpoint_every else math.inf  # in seconds since the epoch
         self.seed()
         new = f"runs/{args.env_id}__{SCRIPT}__{args.seed}__{time.time():.6f}"
-        self.dir = args.run_dir or (args.resume and str(Path(args.resume).absolute().parent)) or new
+        self.dir = args.run_dir or args.resume and os.path.abspath(f"{args.resume}/..") or new
         path = os.path.abspath(f"{self.dir}/checkpoint.pt")
         if os.path.exists(path) and path != os.path.abspath(args.resume):
             raise Refusal(f"--run-dir {self.dir} holds a checkpoint: resume it, or take another")
         try:
-            self.dir += f"__rank{rank}" if rank > 0 else ""
+            self.dir += f"__rank{rank}" if rank else ""
             os.makedirs(self.dir, exist_ok=self.dir != new)
             self.writer = SummaryWriter(self.dir, purge_step=self.step + 1, flush_secs=1)
         except OSError as error:
@@ -548,7 +548,7 @@ class Run(AbstractContextManager):
             os.replace(f"{self.dir}/checkpoint.tmp", f"{self.dir}/checkpoint.pt")
         except (OSError, RuntimeError) as error:
             Path(f"{self.dir}/checkpoint.tmp").unlink(missing_ok=True)
-            raise Refusal(f"cannot write to {self.dir}: {error.__context__ or error}") from error
+            raise Refusal(f"{self.dir}: {getattr(error, 'strerror', error.__context__)}") from error
         self.next_save = time.time() + max(self.args.checkpoint_every, 10 * (time.time() - began))
 
     def evaluate(self):

@@ -107,24 +107,26 @@ def test_an_environment_that_cannot_be_drawn_is_refused_before_training(name, tm
 
 
 class Undrawn(envs.Both):
-    """Draws nothing, or does not say what it draws."""
+    """Draws nothing, grey pictures or text, or does not say what it draws."""
 
     metadata = {"render_modes": ["rgb_array"]}
+    drawings = {"none": None, "grey": np.zeros((8, 8), np.uint8), "text": ["a", "b"]}
 
-    def __init__(self, render_mode=None, says=True):
-        self.render_mode = render_mode if says else None
+    def __init__(self, render_mode=None, drawing="colours"):
+        self.render_mode, self.drawing = render_mode if drawing != "colours" else None, drawing
 
     def render(self):
-        return None if self.render_mode else np.zeros((8, 8, 3), np.uint8)
+        return self.drawings.get(self.drawing, np.zeros((8, 8, 3), np.uint8))
 
 
-@pytest.mark.parametrize("says", ["true", "false"])
-def test_a_drawing_that_gives_no_video_is_refused_before_training(says, tmp_path):
+@pytest.mark.parametrize("drawing", [*Undrawn.drawings, "colours"])
+def test_a_drawing_that_gives_no_video_is_refused_before_training(drawing, tmp_path):
     gym.registry.pop("Undrawn-v0", None)
     gym.register("Undrawn-v0", Undrawn, disable_env_checker=True)
     options = ["--env-id", "Undrawn-v0", "--capture-video", "--run-dir", tmp_path]
+    options += ["--env-kwargs", f'{{"drawing": "{drawing}"}}']
     before = envs.Tiny.steps
-    refused(command("ppo", *options, "--env-kwargs", f'{{"says": {says}}}'), "no picture")
+    refused(command("ppo", *options), "Undrawn-v0: AssertionError", "rgb_array")
     assert envs.Tiny.steps == before
 
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import importlib
 import multiprocessing
 import os
 import re
@@ -127,6 +128,20 @@ def test_a_subclass_of_the_options_can_add_its_own(name):
 
 
 @every_script
+def test_options_are_checked_where_annotations_are_text(name, tmp_path, monkeypatch):
+    """Some code bases ask for this line in every file."""
+    head, body = SOURCES[name].split("# ///\n\n")
+    source = f"{head}# ///\n\nfrom __future__ import annotations\n\n{body}"
+    (tmp_path / "copied.py").write_text(source, encoding="utf-8")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "copied", raising=False)
+    copied = importlib.import_module("copied")
+    assert copied.Args(seed=np.int64(4)).seed == 4
+    with pytest.raises(copied.Refusal, match="--seed 0.5: it must be int"):
+        copied.Args(seed=0.5)
+
+
+@every_script
 def test_readme_says_how_to_use_a_saved_policy(name, tmp_path):
     train(name, tmp_path)
     code = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)[1]
@@ -165,6 +180,83 @@ def test_a_wrapper_in_make_env_is_there_in_training_too(name, tmp_path, monkeypa
     returns = train(name, tmp_path, env_id=env_id(name, "Constant"), total_timesteps=200)
     assert returns.tolist() == [1001] * 3
     assert set(logged(tmp_path)["charts/episodic_return"]) == {1001}
+
+
+@pytest.mark.parametrize("name", [name for name in VECTOR if name not in SEARCH])
+def test_a_wrapper_that_adds_to_rewards_adds_nothing_to_the_next_episode(
+    name, tmp_path, monkeypatch
+):
+    """The reset step has a reward of 0, which the wrapper raises: it is of no episode."""
+    make, wrap = module(name).make_envs, gym.wrappers.vector.TransformReward
+    monkeypatch.setattr(
+        module(name), "make_envs", lambda *given: wrap(make(*given), lambda reward: reward + 1000)
+    )
+    train(name, tmp_path, env_id=env_id(name, "Truncates"), total_timesteps=300)
+    assert set(logged(tmp_path)["charts/episodic_return"]) == {5 * 1001}
+    if name == "ppo":
+        sums = np.cumsum(1001 * 0.99 ** np.arange(5))  # discounted, of an episode's rewards so far
+        assert load(tmp_path)["reward_norm"]["mean"].item() == pytest.approx(sums.mean(), rel=1e-5)
+
+
+class Informs(envs.Both):
+    """What one step says has another type and shape than what the next says."""
+
+    def step(self, action):
+        *outcome, _ = super().step(action)
+        return *outcome, {"winner": 1 if self.t % 2 else None, "legal": np.arange(self.t)}
+
+
+class InformsBox(Informs):
+    action_space = gym.spaces.Box(-1, 1, (1,), np.float32)
+
+
+@every_script
+def test_infos_need_not_fit_together(name, tmp_path):
+    for kind in Informs, InformsBox:
+        gym.registry.pop(f"{kind.__name__}-v0", None)
+        gym.register(f"{kind.__name__}-v0", kind)
+    assert len(train(name, tmp_path, env_id=env_id(name, "Informs"))) == 3
+
+
+class Counts(envs.Tiny):
+    """The time is the reward, for five steps."""
+
+    def outcome(self, action):
+        return self.t, self.t == 5, False
+
+
+class CountsTogether(gym.vector.VectorEnv):
+    """The same as a vector environment, which returns its own arrays and changes them later."""
+
+    metadata = {"autoreset_mode": gym.vector.AutoresetMode.NEXT_STEP}
+    single_observation_space = envs.Tiny.observation_space
+    single_action_space = envs.Tiny.action_space
+
+    def __init__(self, num_envs=1, **_):
+        self.num_envs, self.t = num_envs, 0
+        self.observation_space = gym.vector.utils.batch_space(
+            self.single_observation_space, num_envs
+        )
+        self.action_space = gym.vector.utils.batch_space(self.single_action_space, num_envs)
+        self.obs, self.rewards = np.zeros((num_envs, 2), np.float32), np.zeros(num_envs)
+        self.terminated, self.truncated = np.zeros((2, num_envs), bool)
+
+    def reset(self, *, seed=None, options=None):
+        self.t = 0
+        return self.obs, {}
+
+    def step(self, actions):
+        self.t = (self.t + 1) % 6
+        self.rewards[:], self.terminated[:] = self.t, self.t == 5
+        return self.obs, self.rewards, self.terminated, self.truncated, {}
+
+
+@pytest.mark.parametrize("name", VECTOR)
+def test_a_vector_environment_may_overwrite_what_it_returned(name, tmp_path):
+    gym.registry.pop("Counts-v0", None)
+    gym.register("Counts-v0", Counts, vector_entry_point=CountsTogether)
+    assert train(name, tmp_path, env_id="Counts-v0").tolist() == [15] * 3
+    assert set(logged(tmp_path)["charts/episodic_return"]) == {15}
 
 
 @pytest.mark.parametrize("name", SEARCH)

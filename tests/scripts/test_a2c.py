@@ -322,6 +322,20 @@ def test_rollouts_of_infinite_k_are_whole_episodes(tmp_path, monkeypatch):
     assert lengths[-1] == pytest.approx(sum(losses[-7:]) / 112, abs=0.5)  # of the last 100
 
 
+class Endless(envs.Tiny):
+    def outcome(self, action):
+        return 1, False, False
+
+
+def test_an_episode_that_infinite_k_cuts_is_logged(tmp_path, monkeypatch):
+    envs.gym.registry.pop("Endless-v0", None)
+    envs.gym.register("Endless-v0", Endless, max_episode_steps=20_000)
+    monkeypatch.setattr(a2c.Run, "evaluate", lambda run: np.zeros(1))
+    trained(tmp_path, "Endless-v0", 1, k_step=0, num_envs=2)
+    found = scalars(tmp_path)
+    assert found["charts/episodic_return"] == found["charts/episodic_length"] == [10_000]
+
+
 @pytest.mark.parametrize("k_step", [3, 0])
 @pytest.mark.parametrize("env_id", ["Constant-v0", "TwoStep-v0", "Truncates-v0", "Both-v0"])
 def test_every_simulated_step_is_counted(tmp_path, monkeypatch, env_id, k_step):

@@ -631,6 +631,7 @@ def test_not_a_number_is_refused_and_the_checkpoint_kept(tmp_path, monkeypatch, 
     [
         ["--baseline", "constant", "--num-envs", "1"],
         ["--baseline", "time", "--num-envs", "1"],
+        ["--baseline", "none", "--weight", "trajectory", "--num-envs", "1"],
         ["--num-envs", "0"],
         ["--max-steps", "0"],
         ["--value-steps", "0"],
