@@ -387,7 +387,7 @@ def train(args: Args) -> np.ndarray:
         T = 10_000 if whole else args.num_steps
         # Before the first layer: once torch has used several threads, its process cannot fork.
         stack.callback(torch.set_num_threads, torch.get_num_threads())
-        if not image and args.hidden * N * args.num_steps < 2**16:
+        if not image and args.hidden * N * args.num_steps < 65_536:
             torch.set_num_threads(1)  # for layers this small, threads cost more than they save
         policy = make_policy(env, args).to(device)
         torso, head = policy if image else (nn.Identity(), policy)  # both networks share the torso
@@ -424,12 +424,11 @@ def train(args: Args) -> np.ndarray:
                 steps += sum(~ended)  # reset steps are not counted
                 outcome = envs.step(policy.to_env(actions[t]))
                 obs[t + 1], rewards[t], terminated[t], truncated[t], _ = outcome
-                truncated[t] |= whole and t == T - 1  # a whole episode is cut after T steps
-                ended = terminated[t] | truncated[t]
+                ended = terminated[t] | truncated[t] | (whole and t == T - 1)  # cut after T steps
                 real[t + 1] = ~ended & real[t] if whole else ~ended
                 episode += rewards[t] * real[t], real[t]
                 run.episodes.extend(episode[:, ended & real[t]].T)
-                episode *= ~ended
+                episode[:, ended] = 0
                 if whole and not real[t + 1].any():
                     break
             check_finite("an observation or a reward", (obs, rewards))
