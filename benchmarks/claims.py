@@ -10,7 +10,8 @@ are 401 to 408; a claim that is tried again with other options takes 411 to 418,
 What a claim predicts stands in claims.toml before its first run: which setting has more of which
 statistic, and by how much for the difference to count. A prediction *holds* if the 95% interval of
 the difference of means (Welch's t) lies above 0 and the difference counts; it *fails* if the interval
-excludes a difference that counts; else it is *open*.
+excludes a difference that counts; else it is *open*. A run that never gets to a bar gives a lower
+bound of its steps and seconds, a number at the floor of a logarithm an upper one: neither shows more.
 """
 
 import argparse
@@ -46,6 +47,7 @@ SEEDS, AGAIN = range(401, 409), range(411, 419)  # of first attempts, of second 
 CLAIMS = tomllib.loads((HERE / "claims.toml").read_text(encoding="utf-8"))["claim"]
 RETURN, EVALUATION, SPEED = "charts/episodic_return", "charts/eval_return", "charts/SPS"
 POINTS = 40  # of a curve that is kept
+FLOOR = 1e-4  # of numbers whose logarithm is taken
 PREDICTION = re.compile(
     r"(?P<what>.+?) on (?P<task>\S+): (?P<more>.+) > (?P<less>.+) by (?P<by>\S+)"
 )
@@ -126,8 +128,20 @@ def last(tag, lines):
 
 
 def log10_last(tag, lines):
-    """Its logarithm; estimates below 1e-4, which can be negative, count as 1e-4."""
-    return np.log10(np.maximum(last(tag, lines), 1e-4))
+    """Its logarithm; estimates below FLOOR, which can be negative, count as FLOOR."""
+    return np.log10(np.maximum(last(tag, lines), FLOOR))
+
+
+def bound(what, lines):
+    """Whether some value of the statistic only bounds the true one: "least", "most" or ""."""
+    name, _, argument = what.rpartition(" ")
+    if name in ("steps to", "seconds to"):
+        tag = EVALUATION if name == "steps to" else RETURN
+        reached = [logged(line, tag)[1].max() >= float(argument) for line in lines]
+        return "" if all(reached) else "least"
+    if name == "log10 of last":
+        return "most" if min(last(f"losses/{argument}", lines)) < FLOOR else ""
+    return ""
 
 
 STATISTICS = {  # name -> function of the runs of a setting, scalars that it needs
@@ -326,18 +340,29 @@ def difference(a, b):
 
 
 def judge(prediction, lines, settings):
-    """Difference, interval and whether the prediction holds, fails or is open; None if not run."""
-    sides = []
+    """Difference, interval and whether the prediction holds, fails or is open; None if not run.
+
+    Where values are only bounds, the difference may be larger or smaller than measured, and what
+    it then could no longer show is open.
+    """
+    sides, bounds = [], []
     for name in prediction["more"], prediction["less"]:
         if name not in settings:
             sides.append([float(name)])
+            bounds.append("")
         elif (name, prediction["task"]) not in lines:
             return None
         else:
-            sides.append(statistic(prediction["what"])[0](lines[name, prediction["task"]]))
+            found = lines[name, prediction["task"]]
+            sides.append(statistic(prediction["what"])[0](found))
+            bounds.append(bound(prediction["what"], found))
     gap, low, high = difference(*sides)
     by = float(prediction["by"])
-    verdict = "holds" if low > 0 and gap >= by else "fails" if high < by else "open"
+    may_be_larger = bounds[0] == "least" or bounds[1] == "most"
+    may_be_smaller = bounds[0] == "most" or bounds[1] == "least"
+    holds = low > 0 and gap >= by and not may_be_smaller
+    fails = high < by and not may_be_larger
+    verdict = "holds" if holds else "fails" if fails else "open"
     return gap, low, high, verdict
 
 

@@ -63,8 +63,14 @@ def label(row):
     return f"{row['script']}  {row['env']}  {EngFormatter(sep='')(row['steps'])}"
 
 
+LEFT, RIGHT = -0.5, 1.6  # the axis of scores
+
+
 def glance(results, score):
-    """Every row as a score: 0 is random play, 1 the reference; interval, bar and the peer."""
+    """Every row as a score: 0 is random play, 1 the reference; interval, bar and the peer.
+
+    An interval that goes beyond the axis ends in an arrow; without a dot, so does its mean.
+    """
     results = sorted(results, key=lambda result: list(COLORS).index(result["row"]["script"]))
     half = (len(results) + 1) // 2
     scripts = [result["row"]["script"] for result in results]
@@ -79,17 +85,20 @@ def glance(results, score):
             bar = score(row, row["reference"] - row["tolerance"])
             axes.plot([bar, bar], [y - 0.4, y + 0.4], color="black", linewidth=1.5)
             scores = score(row, values)
-            low, high = np.clip(interval(scores), -0.5, 1.6)
+            mean, low, high = scores.mean(), *interval(scores)
             color = VERDICTS[result["verdict"]]
-            axes.plot([low, high], [y, y], color=color, linewidth=2)
-            beyond = scores.mean() > 1.6
-            axes.plot(min(scores.mean(), 1.6), y, ">" if beyond else "o", color=color, markersize=5)
+            axes.plot(np.clip([low, high], LEFT, RIGHT), [y, y], color=color, linewidth=2)
+            for end, mark, beyond in (LEFT, "<", low < LEFT), (RIGHT, ">", high > RIGHT):
+                if beyond:
+                    axes.plot(end, y, mark, color=color, markersize=5)
+            if LEFT <= mean <= RIGHT:
+                axes.plot(mean, y, "o", color=color, markersize=5)
             if len(result["peer"]):
-                theirs = np.clip(score(row, result["peer"]).mean(), -0.5, 1.6)
+                theirs = np.clip(score(row, result["peer"]).mean(), LEFT, RIGHT)
                 axes.plot(theirs, y, "D", color="none", markeredgecolor="0.3", markersize=5)
         axes.set_yticks(range(len(part)), [label(result["row"]) for result in part], fontsize=8)
         axes.set_ylim(len(part) - 0.5, -0.5)
-        axes.set_xlim(min(0, axes.get_xlim()[0]), 1.65)
+        axes.set_xlim(LEFT - 0.05, RIGHT + 0.05)
         axes.grid(axis="x", color="0.9")
         axes.set_axisbelow(True)
         axes.set_xlabel("score: 0 random play, 1 the published reference", fontsize=9)
@@ -99,6 +108,8 @@ def glance(results, score):
     ]
     bar = dict(marker="|", color="black", linestyle="", markersize=9)
     marks += [plt.Line2D([], [], **bar, label="reference less tolerance")]
+    beyond = dict(marker=">", color="0.3", linewidth=2)
+    marks += [plt.Line2D([], [], **beyond, label="goes on beyond the axis")]
     if any(len(result["peer"]) for result in results):
         peer = dict(marker="D", color="none", markeredgecolor="0.3")
         marks += [plt.Line2D([], [], **peer, label="stable-baselines3")]

@@ -273,9 +273,19 @@ def better(ours, theirs):
 
 def interquartile_mean(scores):
     """The mean of the middle half of all scores, (rows, seeds)."""
+    return middle(scores).mean()
+
+
+def middle(scores):
+    """Scores without the best and the worst quarter."""
     ordered = np.sort(scores, axis=None)
     cut = len(ordered) // 4
-    return ordered[cut : len(ordered) - cut].mean()
+    return ordered[cut : len(ordered) - cut]
+
+
+def capped_mean(scores):
+    """The mean of scores of which none counts more than the reference."""
+    return np.minimum(scores, 1).mean()
 
 
 def bootstrap(statistic, *groups, repeats=2000):
@@ -303,9 +313,10 @@ def mean_better(ours, theirs):
 
 
 def cost(row, table):
-    """Minutes that a run of the row would take, from runs of the same script; as text."""
+    """Minutes that a run of the row would take, from its own or the nearest of its script; as text."""
     mine = [line for line in table if line["script"] == row["script"]]
     near = [line for line in mine if line["env"] == row["env"]] or mine
+    near = [line for line in near if line["steps"] == str(row["steps"])] or near
     if not near:
         return ""
     rate = np.median([float(line["seconds"]) / int(line["env_steps"]) for line in near])
@@ -324,8 +335,8 @@ def reference(row):
 
 
 HEADS = (
-    "script | environment | verdict | reference | tolerance | ours | 95% | at the end | metric | steps "
-    "| seeds | attempts | minutes | sb3 | P(ours better)"
+    "script | environment | verdict | reference | tolerance | ours | 95% | seeds at the bar "
+    "| at the end | metric | steps | seeds | attempts | minutes | sb3 | P(ours better)"
 )
 
 
@@ -337,7 +348,8 @@ def row_text(result):
     minutes = np.median([float(line["seconds"]) for line in lines]) / 60
     cells = [row["script"], row["env"], verdict, reference(row), f"{row['tolerance']:,}"]
     cells += [number(values.mean()), f"{number(result['low'])} to {number(result['high'])}"]
-    cells += [number(final), row["metric"], f"{row['steps']:,}"]
+    there = (values >= row["reference"] - row["tolerance"]).sum()
+    cells += [f"{there} of {len(values)}", number(final), row["metric"], f"{row['steps']:,}"]
     cells += [f"{seeds(row)[0]} to {seeds(row)[-1]}", result["attempts"], f"{minutes:.1f}"]
     if len(result["peer"]):
         chance = better(values[: len(result["peer"])], result["peer"])
@@ -349,9 +361,11 @@ def row_text(result):
 
 def open_text(result, table):
     """The line of a row that is not run, or not on all its seeds."""
-    row = result["row"]
+    row, state = result["row"], result["verdict"]
+    if state.startswith("unfinished"):
+        state += f": {', '.join(map(number, metric(row, result['lines'])))}"
     cells = row["script"], row["env"], f"{row['steps']:,}", reference(row)
-    cells += f"{row['tolerance']:,}", result["verdict"], cost(row, table)
+    cells += f"{row['tolerance']:,}", state, cost(row, table)
     return f"| {' | '.join(cells)} |"
 
 
@@ -363,11 +377,15 @@ def aggregates(results):
     if whole:
         ours = np.array([score(r["row"], r["values"][:FIVE]) for r in whole])
         names = [f"{r['row']['script']} {r['row']['env']} ({r['verdict']})" for r in short]
+        half = middle(ours)
         lines += [
             f"Scores of the {len(ours)} rows with five seeds or more, the first five of each "
             f"(left out: {', '.join(names) or 'none'}): "
             f"interquartile mean {with_interval(interquartile_mean, ours)}, which leaves out the "
-            f"best and the worst quarter of all runs; mean {with_interval(np.mean, ours)}."
+            f"best and the worst quarter of all runs, and says little where many can get no more "
+            f"than the reference: {np.isclose(half, 1).sum()} of these {half.size} scores are 1. "
+            f"The mean is {with_interval(np.mean, ours)}; if no score counts more than 1, "
+            f"{with_interval(capped_mean, ours)}."
         ]
     if not any(len(result["peer"]) for result in results):
         lines += ["stable-baselines3 has not been run yet."]
@@ -382,11 +400,12 @@ def aggregates(results):
         chance = with_interval(mean_better, ours, theirs, digits=2)
         count = sum("peer" in result["row"] for result in whole)
         all_seeds = np.mean([score(r["row"], r["values"]).mean() for r in both])
+        all_chance = np.mean([better(r["values"], r["peer"]) for r in both])
         lines += [
             f"Scores of the first five seeds on {len(both)} rows, of {count} for which rl-zoo has "
-            f"settings, interquartile mean and mean: {'; '.join(parts)}. With all of our seeds our "
-            f"mean is {all_seeds:.3f}. A run of ours returns more than one of the peer's with "
-            f"probability {chance}, the mean over these rows."
+            f"settings, interquartile mean and mean: {'; '.join(parts)}. A run of ours returns "
+            f"more than one of the peer's with probability {chance}, the mean over these rows. With "
+            f"all of our seeds our mean is {all_seeds:.3f} and the probability {all_chance:.2f}."
         ]
     return lines
 

@@ -147,6 +147,22 @@ def test_runs_that_ended_in_any_order_stand_in_the_order_of_their_seeds(monkeypa
     assert returns.judge(ROW, [table[0], table[1], table[0]])["verdict"] == "unfinished, 2 of 3"
 
 
+def test_an_unfinished_row_shows_its_returns_and_what_its_own_runs_cost(monkeypatch):
+    """A run of the row says more of the next than shorter ones on the same environment."""
+    monkeypatch.setattr(returns, "row_sha", lambda row, peer=False: "now")
+    shorter = [line | {"steps": "10", "env_steps": "10", "seconds": "1"} for line in lines([9] * 9)]
+    own = [line | {"env_steps": "100", "seconds": "6000"} for line in lines([400, 410])]
+    table, row = shorter + own, {**ROW, "source": ""}
+    text = returns.open_text(returns.judge(row, table), table)
+    assert text.endswith("| unfinished, 2 of 3: 400.0, 410.0 | 100 |")
+
+
+def test_seeds_at_the_bar_are_counted(monkeypatch):
+    monkeypatch.setattr(returns, "row_sha", lambda row, peer=False: "now")
+    text = returns.row_text(returns.judge({**ROW, "source": ""}, lines([495, 494.9, 500])))
+    assert "| 2 of 3 |" in text
+
+
 def test_every_row_of_the_speeds_can_be_run():
     assert speed.TABLE.keys() == speed.TABLES.keys()
     rows = [row for rows in speed.TABLE.values() for row in rows]

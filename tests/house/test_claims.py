@@ -72,6 +72,49 @@ def test_predictions_are_judged_by_the_interval_of_the_difference(a, b, verdict)
     assert claims.judge(PREDICTION, {}, {"a": "", "b": ""}) is None
 
 
+@pytest.mark.parametrize(
+    ("more", "less", "verdict"),
+    [
+        (([9, 8], [9, 9]), ([1, 2], [9, 9]), "holds"),
+        (([9, 8], [9, 9]), ([1, 2], [0, 9]), "open"),  # the other may need more steps
+        (([9, 8], [0, 9]), ([1, 2], [9, 9]), "holds"),
+        (([1, 2], [9, 9]), ([9, 8], [9, 9]), "fails"),
+        (([1, 2], [9, 0]), ([9, 8], [9, 9]), "open"),  # this may need more steps
+        (([1, 2], [9, 9]), ([9, 8], [9, 0]), "fails"),
+    ],
+)
+def test_a_run_that_never_gets_there_is_a_lower_bound(more, less, verdict):
+    """Of each side: steps of its two runs, and the return that each reaches; the bar is 5."""
+    runs = {
+        (name, "T"): [
+            {"logs": f"charts/eval_return={steps}:{best}", "env_steps": steps}
+            for steps, best in zip(*side)
+        ]
+        for name, side in (("a", more), ("b", less))
+    }
+    p = PREDICTION | {"what": "steps to 5", "by": "1"}
+    assert claims.judge(p, runs, {"a": "", "b": ""})[3] == verdict
+
+
+@pytest.mark.parametrize(
+    ("more", "less", "verdict"),
+    [
+        ([1, 1.1], [0.01, 0.011], "holds"),
+        ([1, 1.1], [-1, 1e-5], "holds"),
+        ([2e-4, 1e-5], [1, 1.1], "fails"),
+        ([1e-4, 2e-4], [-1, 1e-5], "open"),  # the other may be smaller
+        ([1e-5, 1e-5], [1e-6, 1e-6], "open"),
+    ],
+)
+def test_a_logarithm_at_its_floor_is_an_upper_bound(more, less, verdict):
+    runs = {
+        (name, "T"): [{"logs": f"losses/kl=100:{x}"} for x in values]
+        for name, values in (("a", more), ("b", less))
+    }
+    p = PREDICTION | {"what": "log10 of last kl", "by": "0.5"}
+    assert claims.judge(p, runs, {"a": "", "b": ""})[3] == verdict
+
+
 def test_the_difference_by_hand():
     gap, low, high = claims.difference([1, 2, 3], [1, 1, 1])
     assert (
