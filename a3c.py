@@ -386,7 +386,7 @@ def train(args: Args) -> np.ndarray:
         shared_theta = [x.clone().share_memory_() for x in own]
         optimizer = torch.optim.RMSprop(shared_theta, eps=0.1, foreach=True)
         for x in shared_theta:
-            x.grad = torch.zeros_like(x)
+            x.grad = x * 0
         optimizer.step()  # gradients are 0: it only creates the means of squared gradients
         run = stack.enter_context(Run(args, policy=policy, critic=critic, optimizer=optimizer))
         torch._foreach_copy_(shared_theta, own)  # Run may have loaded a checkpoint
@@ -403,85 +403,88 @@ def train(args: Args) -> np.ndarray:
             """
             run.rank = worker
             run.seed()  # each worker has its own random numbers
-            own_env = make_env(args) if worker else env  # never one that another worker steps
-            scalars = {}
-            obs_type = env.observation_space.dtype if image else np.float32
-            obs = np.zeros((k + 1, *env.observation_space.shape), obs_type)  # (k+1, obs_dim)
-            rewards = np.zeros(k, np.float32)
-            terminated, truncated = np.zeros((2, k), bool)
-            episode = []  # rewards of the running episode
-            obs[0], _ = own_env.reset(seed=random.getrandbits(29))
-            pi = in_numpy(policy)
-            while run.step < args.total_timesteps and (worker == 0 or os.getppid() == main):
-                remaining = 1 - run.step / args.total_timesteps if args.anneal_lr else 1
-                optimizer.param_groups[0]["lr"] = args.learning_rate * remaining
+            args.capture_video &= not worker  # a forked process that draws can hang
+            with make_env(args) as env:
+                scalars = {}
+                obs_type = env.observation_space.dtype if image else np.float32
+                obs = np.zeros((k + 1, *env.observation_space.shape), obs_type)  # (k+1, obs_dim)
+                rewards = np.zeros(k, np.float32)
+                terminated, truncated = np.zeros((2, k), bool)
+                episode = []  # rewards of the running episode
+                obs[0], _ = env.reset(seed=random.getrandbits(29))
+                pi = in_numpy(policy)
+                while run.step < args.total_timesteps and (not worker or os.getppid() == main):
+                    remaining = 1 - run.step / args.total_timesteps if args.anneal_lr else 1
+                    optimizer.param_groups[0]["lr"] = args.learning_rate * remaining
 
-                # 2. Copy the parameters.
-                torch._foreach_copy_(own, shared_theta)
-                if worker == 0 and run.step >= run.bar.n + LOG_EVERY:
-                    run.log(**scalars)
-                    others.join(timeout=0)  # raises here an exception of another worker
+                    # 2. Copy the parameters.
+                    torch._foreach_copy_(own, shared_theta)
+                    if not worker and run.step >= run.bar.n + LOG_EVERY:
+                        run.log(**scalars)
+                        others.join(timeout=0)  # raises here an exception of another worker
 
-                # 3. Act.
-                actions, t, ended = [], 0, False
-                while t < k and not ended:
-                    actions.append(policy.sample(pi(obs[t][None]), run.rng))
-                    outcome = own_env.step(policy.to_env(actions[t])[0])
-                    obs[t + 1], rewards[t], terminated[t], truncated[t], _ = outcome
-                    ended = terminated[t] or truncated[t]
-                    t += 1
-                check_finite("an observation or a reward", (obs, rewards))
-                steps[worker] += t
-                run.step = steps.sum().item()
+                    # 3. Act.
+                    actions, t, ended = [], 0, False
+                    while t < k and not ended:
+                        actions.append(policy.sample(pi(obs[t][None]), run.rng))
+                        outcome = env.step(policy.to_env(actions[t])[0])
+                        obs[t + 1], rewards[t], terminated[t], truncated[t], _ = outcome
+                        ended = terminated[t] or truncated[t]
+                        t += 1
+                    check_finite("an observation or a reward", (obs, rewards))
+                    steps[worker] += t
+                    run.step = steps.sum().item()
 
-                episode += rewards[:t].tolist()
-                if image and args.clip_rewards:
-                    rewards.clip(-1, 1, rewards)
+                    episode += rewards[:t].tolist()
+                    if image and args.clip_rewards:
+                        rewards.clip(-1, 1, rewards)
 
-                # 4. Advantages and returns.
-                rollout = np.concatenate(actions), rewards, terminated, truncated
-                a, r, *ends = (torch.from_numpy(x[:t]) for x in rollout)
-                features = torso(torch.from_numpy(obs[: t + 1]))
-                values = critic(features).squeeze(-1)  # (T+1,)
-                advantages = k_step_advantages(r, values.detach(), *ends, args.gamma, k)
-                returns = advantages + values[:-1].detach()
+                    # 4. Advantages and returns.
+                    rollout = np.concatenate(actions), rewards, terminated, truncated
+                    a, r, *ends = (torch.from_numpy(x[:t]) for x in rollout)
+                    features = torso(torch.from_numpy(obs[: t + 1]))
+                    values = critic(features).squeeze(-1)  # (T+1,)
+                    advantages = k_step_advantages(r, values.detach(), *ends, args.gamma, k)
+                    returns = advantages + values[:-1].detach()
 
-                # 5. Loss, which is -L.
-                output = head(features[:-1])
-                pg_loss = policy_gradient_loss(policy.log_prob(output, a), advantages)
-                v_loss = value_loss(values[:-1], returns)
-                entropy = policy.entropy(output).mean()
-                loss = pg_loss - args.entropy_coef * entropy + args.value_coef * v_loss
-                loss *= t / k  # the mean over T steps becomes their sum, divided by k
+                    # 5. Loss, which is -L.
+                    output = head(features[:-1])
+                    pg_loss = policy_gradient_loss(policy.log_prob(output, a), advantages)
+                    v_loss = value_loss(values[:-1], returns)
+                    entropy = policy.entropy(output).mean()
+                    loss = pg_loss - args.entropy_coef * entropy + args.value_coef * v_loss
+                    loss *= t / k  # the mean over T steps becomes their sum, divided by k
 
-                # 6. RMSprop step on the shared parameters, with the gradient at the worker's own.
-                for x, gradient in zip(shared_theta, torch.autograd.grad(loss, theta)):
-                    x.grad = gradient
-                nn.utils.clip_grad_norm_(shared_theta, args.max_grad_norm or math.inf)
-                optimizer.step()
+                    # 6. RMSprop step on the shared parameters; the gradient is at the worker's own.
+                    for x, gradient in zip(shared_theta, torch.autograd.grad(loss, theta)):
+                        x.grad = gradient
+                    nn.utils.clip_grad_norm_(shared_theta, args.max_grad_norm or math.inf)
+                    optimizer.step()
 
-                obs[0] = obs[t]
-                if ended:
-                    run.episodes.append((sum(episode), len(episode)))
-                    obs[0], _ = own_env.reset()
-                    episode = []
-                scalars = {"policy_loss": pg_loss, "value_loss": v_loss, "entropy": entropy}
-            if worker:
-                own_env.close()
-            return scalars
+                    obs[0] = obs[t]
+                    if ended:
+                        run.episodes.append((sum(episode), len(episode)))
+                        obs[0], _ = env.reset()
+                        episode = []
+                    scalars = {"policy_loss": pg_loss, "value_loss": v_loss, "entropy": entropy}
+                return scalars
 
-        # Each forked process has its own copy of what is not in shared memory: networks and random
-        # generators.
-        options = {"nprocs": args.workers - 1, "join": False, "start_method": "fork"}
-        others = mp.start_processes(lambda i: work(i + 1), **options)
-        stack.callback(lambda: [process.kill() for process in others.processes])
+        # Each forked process has its own copy of what is not in shared memory: networks, options
+        # and random generators.
+        others = mp.start_processes(
+            lambda i: work(i + 1), (), args.workers - 1, False, start_method="fork"
+        )
+        for process in others.processes:
+            stack.callback(process.kill)
+            stack.callback(process.join, 2)  # seconds, if it does not end sooner
+        stack.callback(steps.fill_, args.total_timesteps)  # tells the others to end
         try:
             scalars = work(0)
             while not others.join():
                 pass
         except mp.ProcessRaisedException as error:
-            _, refused, why = str(error).rpartition("Refusal: ")
-            if refused:
+            why = str(error).partition("Refusal: ")[2]
+            if why:
                 raise Refusal(why)
             raise
         torch._foreach_copy_(own, shared_theta)  # the final weights, to save and evaluate
@@ -519,12 +522,13 @@ def make_env(args, video=""):
     atari = args.env_id.startswith(("ALE/", "ale_py:"))
     render = {"render_mode": "rgb_array"} if args.capture_video else {}
     try:
-        kwargs = {**({"frameskip": 1} if atari else {}), **json.loads(args.env_kwargs)}
+        kwargs = ({"frameskip": 1} if atari else {}) | json.loads(args.env_kwargs)
         env = gym.make("ale_py:" * atari + args.env_id.removeprefix("ale_py:"), **kwargs, **render)
         if atari:  # 84 x 84, grey, every fourth frame, the last four of them
             env = gym.wrappers.FrameStackObservation(gym.wrappers.AtariPreprocessing(env), 4)
-        # Fail now, not after training, if it cannot render.
-        assert not render or env.reset() and env.render_mode and np.ndim(env.render()) == 3, render
+        # Fail now, not after training, if there can be no video.
+        assert not render or __import__("moviepy") and env.reset()
+        assert not render or env.render_mode and np.ndim(env.render()) == 3, render
     except Exception if render else mistakes as error:
         raise Refusal(f"{args.env_id}: {type(error).__name__} {error} {args.env_kwargs}") from error
     space = env.observation_space
@@ -655,8 +659,7 @@ if __name__ == "__main__":
     try:
         args = tyro.cli(Args, description=f"{__doc__.splitlines()[0]} Run options follow --env-id.")
         # Options not given come from the checkpoint.
-        args = tyro.cli(Args, default=load(args.resume, {})[0]) if args.resume else args
-        train(args)
+        train(tyro.cli(Args, default=load(args.resume, {})[0]) if args.resume else args)
     except Refusal as error:
         print(f"{SCRIPT}.py: {str(error).splitlines()[0]}", file=sys.stderr)
         sys.exit(2)

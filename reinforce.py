@@ -199,7 +199,7 @@ def constant_baseline(returns):
 
     returns G: (T, N); the first row, G_0, is R(τ). Returns (), in units of reward.
     """
-    return returns[0].mean()
+    return returns[0].double().mean().float()  # exact where all are alike
 
 
 def time_baseline(weights):
@@ -209,7 +209,7 @@ def time_baseline(weights):
     contribute 0, with w_t = R(τ) the same as at every t.
     weights w, G_t or R(τ): (T, N). Returns (T, 1), in units of reward.
     """
-    return weights.mean(1, keepdim=True)
+    return weights.double().mean(1, keepdim=True).float()  # exact where all are alike
 
 
 def reinforce_loss(logp, weights, n):
@@ -542,12 +542,13 @@ def make_env(args, video=""):
     atari = args.env_id.startswith(("ALE/", "ale_py:"))
     render = {"render_mode": "rgb_array"} if args.capture_video else {}
     try:
-        kwargs = {**({"frameskip": 1} if atari else {}), **json.loads(args.env_kwargs)}
+        kwargs = ({"frameskip": 1} if atari else {}) | json.loads(args.env_kwargs)
         env = gym.make("ale_py:" * atari + args.env_id.removeprefix("ale_py:"), **kwargs, **render)
         if atari:  # 84 x 84, grey, every fourth frame, the last four of them
             env = gym.wrappers.FrameStackObservation(gym.wrappers.AtariPreprocessing(env), 4)
-        # Fail now, not after training, if it cannot render.
-        assert not render or env.reset() and env.render_mode and np.ndim(env.render()) == 3, render
+        # Fail now, not after training, if there can be no video.
+        assert not render or __import__("moviepy") and env.reset()
+        assert not render or env.render_mode and np.ndim(env.render()) == 3, render
     except Exception if render else mistakes as error:
         raise Refusal(f"{args.env_id}: {type(error).__name__} {error} {args.env_kwargs}") from error
     space = env.observation_space
@@ -678,8 +679,7 @@ if __name__ == "__main__":
     try:
         args = tyro.cli(Args, description=f"{__doc__.splitlines()[0]} Run options follow --env-id.")
         # Options not given come from the checkpoint.
-        args = tyro.cli(Args, default=load(args.resume, {})[0]) if args.resume else args
-        train(args)
+        train(tyro.cli(Args, default=load(args.resume, {})[0]) if args.resume else args)
     except Refusal as error:
         print(f"{SCRIPT}.py: {str(error).splitlines()[0]}", file=sys.stderr)
         sys.exit(2)

@@ -269,6 +269,14 @@ def test_only_the_environment_that_is_recorded_is_drawn(name):
             assert candidate.render_mode is None
 
 
+@every_script
+def test_what_a_video_needs_is_named_before_training(name, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "moviepy", None)
+    options = ["--env-id", "Pendulum-v1" if name in ("ddpg", "td3", "sac") else "Acrobot-v1"]
+    refused(command(name, *options, "--capture-video", "--run-dir", tmp_path / "new"), "moviepy")
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("name", SEARCH)
 @pytest.mark.parametrize("kwargs, native", [("{}", True), ('{"sutton_barto_reward": true}', False)])
 def test_arguments_that_gymnasiums_own_version_may_read_otherwise(name, kwargs, native):

@@ -289,6 +289,70 @@ def fail():
     raise ArithmeticError("on purpose")
 
 
+class Opened(Crashes):
+    """Notes its render mode when it is made, and when it is closed."""
+
+    metadata = {"render_modes": ["rgb_array"], "render_fps": 30}
+    notes = None  # a path
+
+    def __init__(self, render_mode=None):
+        self.render_mode = render_mode
+        self.note(f"made {render_mode}")
+
+    def note(self, what):
+        with open(Opened.notes, "a") as file:
+            print(what, file=file)
+
+    def render(self):
+        return np.zeros((32, 32, 3), np.uint8)
+
+    def close(self):
+        self.note(f"closed {self.render_mode}")
+
+
+@pytest.fixture
+def opened(tmp_path, monkeypatch):
+    """A function that returns what environments noted, in order of the alphabet."""
+    monkeypatch.setattr(Opened, "notes", tmp_path / "notes")
+    gym.registry.pop("Opened-v0", None)
+    gym.register("Opened-v0", Opened, disable_env_checker=True)
+    return lambda: sorted(Opened.notes.read_text().splitlines())
+
+
+@pytest.mark.parametrize(("in_child", "workers"), [(True, 2), (False, 3)])
+def test_every_worker_closes_its_environment_also_after_a_crash(
+    tmp_path, monkeypatch, opened, in_child, workers
+):
+    monkeypatch.setattr(Crashes, "in_child", in_child)
+    monkeypatch.setattr(Crashes, "how", staticmethod(fail))
+    with pytest.raises(Exception, match="on purpose"):
+        trained(tmp_path, "Opened-v0", 10**9, workers=workers)
+    n = workers + 1  # with the one whose spaces are asked for
+    assert opened() == ["closed None"] * n + ["made None"] * n
+
+
+def test_only_the_environment_that_is_recorded_is_drawn(tmp_path, opened):
+    """A forked process that draws can wait for ever for a lock of the graphics library."""
+    trained(tmp_path, "Opened-v0", 200, workers=3, eval_episodes=1, capture_video=True)
+    done = [note.split()[1] for note in opened()]  # by the test itself too: it makes an environment
+    assert done.count("None") == 2 * 2 and list(tmp_path.glob("videos/*/*.mp4"))
+
+
+def test_a_worker_that_hears_nothing_is_killed(tmp_path, monkeypatch):
+    monkeypatch.setattr(Crashes, "in_child", True)
+    monkeypatch.setattr(Crashes, "how", staticmethod(lambda: time.sleep(1_000)))
+    monkeypatch.setattr(a3c, "LOG_EVERY", 100)
+
+    def log(run, **_):
+        if run.step > 2_000:
+            raise ArithmeticError("on purpose")
+
+    monkeypatch.setattr(a3c.Run, "log", log)
+    with pytest.raises(ArithmeticError):
+        trained(tmp_path, "Crashes-v0", 10**9, workers=2)
+    assert all_gone()
+
+
 def all_gone():
     """Whether the workers, killed in the end, are gone within five seconds."""
     deadline = time.time() + 5

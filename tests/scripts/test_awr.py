@@ -58,6 +58,10 @@ def test_effective_sample_size():
     assert awr.effective_sample_size(torch.full((7,), 3.0)).item() == pytest.approx(1)
     assert awr.effective_sample_size(torch.eye(5)[2]).item() == pytest.approx(1 / 5)
     assert awr.effective_sample_size(torch.tensor([1.0, 3.0])).item() == pytest.approx(16 / 20)
+    for exponent in -100, -60, 60, 85:  # of weights whose squares float32 cannot hold
+        weights = torch.tensor([exponent, exponent, -math.inf]).exp()
+        assert awr.effective_sample_size(weights).item() == pytest.approx(2 / 3)
+    assert awr.effective_sample_size(torch.zeros(4)).item() == 0
 
 
 def test_excess_penalty():

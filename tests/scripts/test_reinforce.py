@@ -74,6 +74,14 @@ def test_means_of_a_batch_of_unequal_lengths():
     assert of_totals.flatten().tolist() == pytest.approx([total] * 5, rel=1e-5)
 
 
+@pytest.mark.parametrize("n", [3, 8, 10, 16, 32, 57])
+def test_trajectories_that_are_all_alike_teach_nothing(n):
+    """Rounding would leave weights, and standardised weights are of size 1 however small they were."""
+    returns = reinforce.returns_to_go(torch.full((200, n), -1.0), 0.99)
+    assert not (returns - reinforce.time_baseline(returns)).any()
+    assert not (returns[0] - reinforce.constant_baseline(returns)).any()
+
+
 # What a baseline does to the expected gradient
 
 
