@@ -529,7 +529,7 @@ def make_env(args, video=""):
     atari = args.env_id.startswith(("ALE/", "ale_py:"))
     render = {"render_mode": "rgb_array"} if args.capture_video else {}
     try:
-        kwargs = ({"frameskip": 1} if atari else {}) | json.loads(args.env_kwargs)
+        kwargs = dict({"frameskip": 1} if atari else {}, **json.loads(args.env_kwargs))
         env = gym.make("ale_py:" * atari + args.env_id.removeprefix("ale_py:"), **kwargs, **render)
         if atari:  # 84 x 84, grey, every fourth frame, the last four of them
             env = gym.wrappers.FrameStackObservation(gym.wrappers.AtariPreprocessing(env), 4)
