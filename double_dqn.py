@@ -280,7 +280,8 @@ class Torso(nn.Sequential):
     def __init__(self, space):
         relu = nn.ReLU()
         layers = [nn.LazyConv2d(16, 3), relu]
-        if space.shape[1] >= 36:  # DQN in Nature: (32, 8, 4), (64, 4, 2), (64, 3, 1) and 512
+        # DQN in Nature: (32, 8, 4), (64, 4, 2), (64, 3, 1) and 512
+        if sorted(space.shape)[1] >= 36:
             layers = [nn.LazyConv2d(16, 8, 4), relu, nn.Conv2d(16, 32, 4, 2), relu]
         super().__init__(*layers, nn.Flatten(), nn.LazyLinear(256), relu)
         self.axis = 1 if space.shape[0] < space.shape[2] else 3  # of the channels, in a batch
@@ -289,7 +290,7 @@ class Torso(nn.Sequential):
 
     def forward(self, x):
         """(..., *shape) to (..., 256)."""
-        images = x.reshape(-1, *x.shape[-3:]).movedim(self.axis, 1) / self.white
+        images = x[None].flatten(0, -4).movedim(self.axis, 1) / self.white
         return super().forward(images).view(*x.shape[:-3], -1)
 
 

@@ -22,9 +22,10 @@ has ended plays further ones until the last candidate has ended its episode. The
 towards --total-timesteps, but not towards any fitness.
 
 Beyond the document, from Salimans et al.: pairs ±ε, ranks, Adam, weight decay, normalised
-observations. Their Humanoid has 10,000 episodes a generation, σ = 0.02, α = 0.01 and λ = 0.005. The
-defaults here are for small tasks and few candidates: larger σ and α, λ = 0, no normaliser. Adam's
-eps is 1e-5 (theirs and torch's: 1e-8). Evaluation plays the policy of the mean μ.
+observations. Their Humanoid has 10,000 episodes a generation, σ = 0.02, α = 0.01 and λ = 0.25 (in
+their code 0.005, beside a gradient that is not divided by σ). The defaults here are for small tasks
+and few candidates: larger σ and α, λ = 0, no normaliser. Adam's eps is 1e-5 (theirs and torch's:
+1e-8). Evaluation plays the policy of the mean μ.
 
 As in the document, and unlike Wierstra et al., the gradient is the plain one and σ is fixed. The
 natural gradient would be σ² times the plain one.

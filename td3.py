@@ -100,7 +100,7 @@ class Args:
     batch_size: int = 100  # B, transitions in the batch of an update
     utd: float = 1.0  # update-to-data ratio: updates of the critics per environment step
     learning_rate: float = 1e-3  # Adam's step size for all networks
-    tau: float = 0.005  # τ: targets become (1 - τ) target + τ network at each update
+    tau: float = 0.005  # τ: targets become (1 - τ) target + τ network with each actor update
     hidden: int = 400  # units in each of the two hidden layers
 
     env_id: str = "Pendulum-v1"  # gymnasium id of the environment; module:Name-v0 imports module

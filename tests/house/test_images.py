@@ -68,7 +68,15 @@ def test_channels_first_and_bools_are_learned(name, shape, kind, tmp_path):
 
 @pytest.mark.parametrize(
     ("shape", "channels"),
-    [((4, 84, 84), 0), ((3, 40, 50), 0), ((96, 96, 3), 2), ((10, 10, 4), 2), ((10, 10, 10), 2)],
+    [
+        ((4, 84, 84), 0),
+        ((3, 40, 50), 0),
+        ((96, 96, 3), 2),
+        ((10, 10, 4), 2),
+        ((10, 10, 10), 2),
+        ((16, 64, 1), 2),  # wide and low: too low for the strides of large images
+        ((3, 40, 10), 0),
+    ],
 )
 def test_the_torso_convolves_rows_and_columns_whatever_the_order_of_axes(shape, channels):
     space = spaces.Box(0, 255, shape, np.uint8)
