@@ -35,7 +35,7 @@ clipped to its bounds, but log π_θ' is that of the action before it was clippe
 from the paper's because they carry over to more tasks: k is 32 (5 in the paper), the entropy bonus
 0 (0.01 in the paper). Two workers (16 in the paper) suit a machine of few cores.
 
-Observations that are images (Boxes of bytes or bools with three axes) pass through convolutions
+Images (Boxes of bytes or bools with three axes, of at least 3 x 3) pass through convolutions
 that policy and critic share; each network adds a linear layer. Images are not normalised. With
 --clip-rewards rewards are then clipped to [-1, 1] for learning; logs show them unclipped. An ALE/
 id is an Atari game: its observation is the last four grey frames of 84 x 84, an action lasts four

@@ -42,7 +42,7 @@ most common), ε falls to 0.05 over 20,000 steps (to 0.1 over a million), 1,000 
 (50,000), 100,000 transitions in the buffer (a million), B = 128 (32), 0.5 updates per environment
 step (0.25), K = 500 (10,000), learning rate 1e-3 (2.5e-4).
 
-Observations that are images (Boxes of bytes or bools with three axes) pass through convolutions and
+Images (Boxes of bytes or bools with three axes, of at least 3 x 3) pass through convolutions and
 a linear layer. Images are not normalised. With --clip-rewards rewards are then clipped to [-1, 1]
 for learning; logs show them unclipped, except in start_return. An ALE/ id is an Atari game: its
 observation is the last four grey frames of 84 x 84, an action lasts four frames, and in v5 the

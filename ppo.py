@@ -47,7 +47,7 @@ initial σ (1 in the authors' code) are others, which work on more tasks.
 Under torchrun each process gets an equal part of the environments and standardises the advantages
 of its own. Gradients are averaged over the real steps of all processes.
 
-Observations that are images (Boxes of bytes or bools with three axes) pass through convolutions
+Images (Boxes of bytes or bools with three axes, of at least 3 x 3) pass through convolutions
 that policy and critic share; each network adds a linear layer. Images are not normalised. With
 --clip-rewards rewards are then clipped to [-1, 1] for learning; logs show them unclipped. An ALE/
 id is an Atari game: its observation is the last four grey frames of 84 x 84, an action lasts four
