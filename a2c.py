@@ -231,12 +231,13 @@ class Torso(nn.Sequential):
 
     def __init__(self, space):
         relu = nn.ReLU()
+        first, middle, last = space.shape
         layers = [nn.LazyConv2d(16, 3), relu]
         # DQN in Nature: (32, 8, 4), (64, 4, 2), (64, 3, 1) and 512
-        if sorted(space.shape)[1] >= 36:
+        if min(middle, max(first, last)) >= 36:
             layers = [nn.LazyConv2d(16, 8, 4), relu, nn.Conv2d(16, 32, 4, 2), relu]
         super().__init__(*layers, nn.Flatten(), nn.LazyLinear(256), relu)
-        self.axis = 1 if space.shape[0] < space.shape[2] else 3  # of the channels, in a batch
+        self.axis = 1 if first < last else 3  # of the channels, in a batch
         self.white = float(space.high.max())
         self(torch.zeros(1, *space.shape))  # the lazy layers learn their sizes from it
 

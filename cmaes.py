@@ -29,10 +29,10 @@ numbers in the right column are the tutorial's:
     scale       that of Cov(elites)             σ, which follows the length of p_σ (43, 44)
 
 On a slope the elites lie close together in the direction of progress. Around the new mean, which
-for α = 1 lies among them, their spread in that direction is small, so the document's search shrinks
-along the slope. Hansen's grows along it, through y_i, p_c and σ. Both updates use only the ranks of
-the fitness. Hansen's also behaves the same if θ and the initial search distribution are rotated or
-scaled.
+lies among them with the default α and ρ, their spread in that direction is small, so the document's
+search shrinks along the slope. Hansen's grows along it, through y_i, p_c and σ. Both updates use
+only the ranks of the fitness. Hansen's also behaves the same if θ and the initial search
+distribution are rotated or scaled.
 
 All candidates act at once: each layer of their policies is one batched matrix product, in numpy on
 the CPU (--device is for the search distribution). Returns are not discounted. There is no

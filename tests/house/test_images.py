@@ -76,6 +76,7 @@ def test_channels_first_and_bools_are_learned(name, shape, kind, tmp_path):
         ((10, 10, 10), 2),
         ((16, 64, 1), 2),  # wide and low: too low for the strides of large images
         ((3, 40, 10), 0),
+        ((64, 12, 50), 2),  # more channels than columns
     ],
 )
 def test_the_torso_convolves_rows_and_columns_whatever_the_order_of_axes(shape, channels):
