@@ -116,9 +116,9 @@ class Args:
 
     def __post_init__(self):
         """Refuse values of the wrong type or out of range; turn numpy numbers into Python's."""
-        for name, value in vars(self).items():
+        for name, kind in get_type_hints(self.__class__).items():
             # kinds: its choices, or its types
-            kinds = get_args(kind := get_type_hints(self.__class__)[name]) or [kind]
+            kinds, value = get_args(kind) or [kind], getattr(self, name)
             value = getattr(value, "item", lambda: value)()
             value = float(value) if float in kinds and type(value) is int else value
             setattr(self, name, value)
@@ -441,18 +441,17 @@ def make_env(args, video=""):
     With --capture-video it records its episodes to the folder video, if one is given.
     """
     args.__post_init__()  # again: options may have been set since
-    mistakes = gym.error.Error, AssertionError, ImportError, KeyError, TypeError, ValueError
     atari = args.env_id.startswith(("ALE/", "ale_py:"))
-    render = {"render_mode": "rgb_array"} if args.capture_video else {}
     try:
+        drawn = {"render_mode": "rgb_array"} if args.capture_video and __import__("moviepy") else {}
         kwargs = dict({"frameskip": 1} if atari else {}, **json.loads(args.env_kwargs))
-        env = gym.make("ale_py:" * atari + args.env_id.removeprefix("ale_py:"), **kwargs, **render)
+        env = gym.make("ale_py:" * atari + args.env_id.removeprefix("ale_py:"), **kwargs, **drawn)
         if atari:  # 84 x 84, grey, every fourth frame, the last four of them
             env = gym.wrappers.FrameStackObservation(gym.wrappers.AtariPreprocessing(env), 4)
         # Fail now, not after training, if there can be no video.
-        assert not render or __import__("moviepy") and env.reset()
-        assert not render or env.render_mode and np.ndim(env.render()) == 3, render
-    except Exception if render else mistakes as error:
+        if drawn and env.reset() and np.ndim(env.render_mode and env.render()) != 3:
+            raise ValueError(drawn)
+    except Exception as error:
         raise Refusal(f"{args.env_id}: {type(error).__name__} {error} {args.env_kwargs}") from error
     space = env.observation_space
     image = re.search(r"\(\d+, \d+, \d+\), (uint8|bool)\)", str(space))  # is or holds one
@@ -460,7 +459,7 @@ def make_env(args, video=""):
     if not known or not isinstance(env.action_space, ACTION_SPACES):
         raise Refusal(f"cannot learn {args.env_id}: actions {env.action_space}, observed {space}")
     env = env if image else gym.wrappers.FlattenObservation(env)
-    return gym.wrappers.RecordVideo(env, video, lambda _: True) if render and video else env
+    return gym.wrappers.RecordVideo(env, video, lambda _: True) if drawn and video else env
 
 
 def load(path, learner):
@@ -541,8 +540,9 @@ class Run(AbstractContextManager):
         began = time.time()
         checkpoint = {name: part.state_dict() for name, part in self.learner.items()}
         check_finite("weights or data", checkpoint)
-        own = {"run_dir": "", "resume": "", "device": "cpu"}  # of this run alone
-        checkpoint |= {"script": SCRIPT, "env_steps": self.step, "args": vars(self.args) | own}
+        args = {name: getattr(self.args, name) for name in Args.__dataclass_fields__}
+        args |= {"run_dir": "", "resume": "", "device": "cpu"}  # of this run alone
+        checkpoint |= {"script": SCRIPT, "env_steps": self.step, "args": args}
         try:
             with open(f"{self.dir}/checkpoint.tmp", "wb") as file:
                 torch.save(checkpoint, file)
@@ -567,10 +567,10 @@ class Run(AbstractContextManager):
                     returns[episode] += reward
                     if any(ends):
                         break
-        self.writer.add_scalar("charts/eval_return", returns.mean(), self.step)
-        spent = f"env_steps={self.step} wall_seconds={self.bar.format_dict['elapsed']:.1f}"
-        found = f"eval_return_mean={returns.mean():.2f} eval_return_std={returns.std():.2f}"
-        tqdm.write(f"{found} eval_episodes={len(returns)} {spent}")
+            self.writer.add_scalar("charts/eval_return", returns.mean(), self.step)
+            spent = f"env_steps={self.step} wall_seconds={self.bar.format_dict['elapsed']:.1f}"
+            found = f"eval_return_mean={returns.mean():.2f} eval_return_std={returns.std():.2f}"
+            tqdm.write(f"{found} eval_episodes={len(returns)} {spent}")
         return returns
 
 
@@ -580,7 +580,7 @@ if __name__ == "__main__":
             # The run saves before it ends; a second signal of the same kind ends it at once.
             signal.signal(n, lambda n, _: (signal.signal(n, signal.SIG_DFL), sys.exit(128 + n)))
     try:
-        args = tyro.cli(Args, description=f"{__doc__.splitlines()[0]} Run options follow --env-id.")
+        args = tyro.cli(Args, description=f"{str(__doc__).splitlines()[0]} Run options come last.")
         # Options not given come from the checkpoint.
         train(tyro.cli(Args, default=load(args.resume, {})[0]) if args.resume else args)
     except Refusal as error:

@@ -62,6 +62,7 @@ BAD = [
     (["--env-kwargs", "3"], ["mapping"]),
     (["--env-kwargs", '{"no_such": 1}'], ["no_such"]),
     (["--env-kwargs", '{"gravity": 5}', "--env-id", "LunarLander-v3"], ["gravity"]),
+    (["--env-kwargs", '{"xml_file": "/no.xml"}', "--env-id", "Ant-v5"], ["/no.xml"]),
     (["--total-timesteps", "0"], ["--total-timesteps 0"]),
     (["--total-timesteps", "-5"], ["--total-timesteps -5"]),
     (["--seed", "-1"], ["--seed -1"]),
@@ -108,6 +109,17 @@ def test_words_and_unknown_options_are_refused(name):
     for options in (["--seed", "one"], ["--no-such-option", "1"]):
         status, _, err = command(name, *options)
         assert status == 2 and options[0] in err
+
+
+@each_plumbing
+def test_nothing_is_decided_by_what_python_can_leave_out(name, tmp_path):
+    """With -OO, assertions and docstrings."""
+    line = [sys.executable, "-OO", ROOT / f"{name}.py", "--capture-video", "--run-dir", tmp_path]
+    line += ["--env-id", f"envs:{env_id(name)}"]  # which cannot be drawn
+    environ = {**os.environ, "PYTHONPATH": str(ROOT / "tests")}
+    run = subprocess.run(line, capture_output=True, text=True, env=environ)
+    refused((run.returncode, run.stdout, run.stderr), env_id(name))
+    assert not list(tmp_path.iterdir())
 
 
 # Where a run writes

@@ -68,6 +68,18 @@ def test_an_episode_that_does_not_end_is_cut(tmp_path, monkeypatch):
     assert max(asked) == 100_000
 
 
+def test_an_environment_that_fails_to_close_takes_no_evaluation_with_it(tmp_path, capsys):
+    class Clinging(envs.Both):
+        def close(self):
+            raise OSError("the simulator does not answer")
+
+    gym.register("Clinging-v0", Clinging, disable_env_checker=True)
+    with pytest.raises(OSError, match="does not answer"):
+        train("ppo", tmp_path, env_id="Clinging-v0")
+    assert "eval_return_mean=" in capsys.readouterr().out
+    assert len(logged(tmp_path)["charts/eval_return"]) == 1
+
+
 NORMALISED = [name for name in SCRIPTS if "class RunningNorm" in SOURCES[name]]
 LEARN = {
     "reinforce": dict(num_envs=32, hidden=32, total_timesteps=2_000, value_steps=4),
@@ -126,7 +138,7 @@ def test_a_drawing_that_gives_no_video_is_refused_before_training(drawing, tmp_p
     options = ["--env-id", "Undrawn-v0", "--capture-video", "--run-dir", tmp_path]
     options += ["--env-kwargs", f'{{"drawing": "{drawing}"}}']
     before = envs.Tiny.steps
-    refused(command("ppo", *options), "Undrawn-v0: AssertionError", "rgb_array")
+    refused(command("ppo", *options), "Undrawn-v0: ValueError", "rgb_array")
     assert envs.Tiny.steps == before
 
 

@@ -116,7 +116,9 @@ def test_train_in_a_forked_process_after_training(name, tmp_path):
 
 
 @every_script
-def test_a_subclass_of_the_options_can_add_its_own(name):
+def test_a_subclass_of_the_options_can_add_its_own(name, tmp_path):
+    """Its checkpoint holds those of the script, and is resumed by subclass and command alike."""
+
     @dataclasses.dataclass
     class Mine(module(name).Args):
         extra: int = 3
@@ -125,6 +127,14 @@ def test_a_subclass_of_the_options_can_add_its_own(name):
     for wrong in {"extra": 0.5}, {"seed": 0.5}:
         with pytest.raises(module(name).Refusal, match=f"--{next(iter(wrong))}"):
             Mine(**wrong)
+    mine = Mine(**vars(args(name, tmp_path, total_timesteps=100)))
+    mine.note = {1, 2}  # no option at all
+    module(name).train(mine)
+    assert load(tmp_path)["args"].keys() == module(name).Args.__dataclass_fields__.keys()
+    path = f"{tmp_path}/checkpoint.pt"
+    module(name).train(Mine(**vars(args(name, "", resume=path, total_timesteps=300))))
+    status, _, err = command(name, "--resume", path, "--total-timesteps", 500)
+    assert status == 0 and load(tmp_path)["env_steps"] >= 500, err
 
 
 @every_script
