@@ -5,7 +5,7 @@
     python benchmarks/returns.py --tier standard     without the long rows
     python benchmarks/returns.py --peer              stable-baselines3 on the first five of the seeds
     python benchmarks/returns.py --report            tables and plots from what was measured
-    python benchmarks/returns.py --confirm           rows that a change of the source made stale
+    python benchmarks/returns.py --confirm           rows that a change of the script made stale
     python benchmarks/returns.py --random Hopper-v5  the mean return of random play, 50 episodes
 
 Each finished run is a line of results/returns.csv, so that an interrupted call goes on where it was;
@@ -13,19 +13,25 @@ an interrupted run of ours too, from its last checkpoint.
 The rules, which this file keeps: a row runs on the seeds that returns.toml gives it, on a committed
 script. A result belongs to the code that decides it and to the row's options (column sha, see
 runner.py); with others it is stale, and the row needs a block of seeds that nobody has seen (block
-= 211).
+= 211), unless --confirm finds that the change left the computation alone: a short run of the script
+that made the result, out of its commit, and one of today's learn the same weights, bit for bit. What
+was compared is in results/confirmed.csv.
 """
 
 import argparse
+import hashlib
 import os
+import pathlib
 import re
 import subprocess
 import sys
+import tempfile
 import time
 import tomllib
 
 import gymnasium as gym
 import numpy as np
+import torch
 from runner import (
     HERE,
     ROOT,
@@ -40,11 +46,14 @@ from runner import (
     scalars,
     sha,
     side_by_side,
-    write,
     write_between,
 )
 
 RESULTS = HERE / "results/returns.csv"
+CONFIRMED = HERE / "results/confirmed.csv"
+NAMES = "script", "env", "steps", "sha", "now"  # that a line of it is about
+SHORT = dict.fromkeys(("ddpg", "td3", "sac"), "--total-timesteps 800 --burn-in 300")
+SHORT["a3c"] = "--total-timesteps 3000 --workers 1"  # with more no run is like another
 TABLE = tomllib.loads((HERE / "returns.toml").read_text(encoding="utf-8"))
 EVALUATIONS = 20  # during training, of ten episodes each
 FIVE = 5  # seeds of a row that the peer runs, and that the means over rows are of
@@ -154,8 +163,16 @@ def run_peer(row, seed):
 
 
 def stale(row, table, peer=False):
-    """Whether the row has results, and some of other code or options than today's."""
-    return any(line["sha"] != row_sha(row, peer) for line in lines_of(row, table, peer))
+    """Whether the row has results, and some of other code or options than today's.
+
+    Those that --confirm has found to be the same are not.
+    """
+    now = row_sha(row, peer)
+    same = {tuple(line[x] for x in NAMES) for line in read(CONFIRMED) if line["same"] == "yes"}
+    return any(
+        line["sha"] != now and (*key(row, peer), line["sha"], now) not in same
+        for line in lines_of(row, table, peer)
+    )
 
 
 def run_missing(arguments):
@@ -184,27 +201,52 @@ def run_missing(arguments):
 
 
 def confirm(arguments):
-    """Run the first seed of each stale row again; if nothing changed, its results are of today's."""
+    """Compare what made the results of each stale row with today's script, in short runs.
+
+    They are the same if all that today's checkpoint holds is in the other one too, bit for bit.
+    """
+    commit(*{f"{row['script']}.py" for row in rows(arguments)})
     for row in rows(arguments):
-        table = read(RESULTS)
-        if not stale(row, table):
-            continue
-        mine = lines_of(row, table)
-        folder = ROOT / "runs/benchmarks/confirm"
-        for old in folder.glob("*"):
-            old.unlink()
-        new = run_ours(row, int(mine[0]["seed"]), folder)
-        same = all(
-            str(new[name]) == mine[0][name] for name in ("final", "std", "env_steps", "curve")
-        )
-        print(
-            f"{' '.join(key(row))}: {'the same' if same else 'changed, needs a new block'}",
-            flush=True,
-        )
-        if same:
-            for line in mine:
-                line["sha"] = row_sha(row)
-            write(RESULTS, table)
+        now, table = row_sha(row), read(RESULTS)
+        asked = {tuple(line[x] for x in NAMES) for line in read(CONFIRMED)}
+        for made, stands_on in sorted({(x["sha"], x["commit"]) for x in lines_of(row, table)}):
+            if made == now or (*key(row), made, now) in asked:
+                continue
+            short = SHORT.get(row["script"], "--total-timesteps 3000")
+            options = f"--env-id {row['env']} {row.get('options', '')} {short}"
+            options = " ".join(f"{options} --eval-episodes 1 --seed 101".split())
+            then, today = (learned(row["script"], options, x) for x in (stands_on, "HEAD"))
+            same = today.items() <= then.items()
+            names = dict(zip(NAMES, (*key(row), made, now), strict=True))
+            names |= {"commit": stands_on, "same": "yes" if same else "no", "options": options}
+            append(CONFIRMED, names)
+            print(f"{' '.join(key(row))} of {stands_on}, the same: {names['same']}", flush=True)
+
+
+def learned(script, options, stands_on):
+    """What the script of a commit has in its checkpoint after a run: name -> text, its options aside.
+
+    The text of a tensor is a hash of its bytes.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        source = subprocess.check_output(["git", "show", f"{stands_on}:{script}.py"], cwd=ROOT)
+        pathlib.Path(folder, f"{script}.py").write_bytes(source)
+        execute(script, options, f"{folder}/run", folder)
+        checkpoint = torch.load(f"{folder}/run/checkpoint.pt", weights_only=True)
+    del checkpoint["args"]
+    found = {}
+
+    def add(name, x):
+        if isinstance(x, dict | list | tuple):
+            for part, value in x.items() if isinstance(x, dict) else enumerate(x):
+                add(f"{name}.{part}", value)
+        elif isinstance(x, torch.Tensor):
+            found[name] = hashlib.sha256(x.numpy().tobytes()).hexdigest()
+        else:
+            found[name] = str(x)
+
+    add("", checkpoint)
+    return found
 
 
 def random_play(env_id, episodes=50):

@@ -91,9 +91,10 @@ def points(text):
     return np.array([(int(step), float(value)) for step, value in pairs]).reshape(-1, 2).T
 
 
-def execute(script, options, run_dir, **environment):
-    """Run a script on one thread: the pairs of its last line, as numbers."""
-    line = [sys.executable, f"{ROOT}/{script}.py", *shlex.split(options), "--run-dir", str(run_dir)]
+def execute(script, options, run_dir, folder=ROOT, **environment):
+    """Run the script of a folder on one thread: the pairs of its last line, as numbers."""
+    line = [sys.executable, f"{folder}/{script}.py", *shlex.split(options)]
+    line += ["--run-dir", str(run_dir)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
     done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, env=environment)
     if done.returncode:

@@ -4,6 +4,7 @@ import argparse
 import ast
 import json
 import os
+import pathlib
 import re
 import shlex
 import subprocess
@@ -12,6 +13,7 @@ import sys
 import gymnasium as gym
 import numpy as np
 import pytest
+import torch
 import tyro
 from conftest import ROOT, module
 
@@ -226,7 +228,7 @@ def test_the_cells_of_a_speed_and_of_a_cold_start():
     assert not cells[8] and not numbers["ratio"], "faster to a worse policy is not faster"
 
 
-def test_speeds_are_kept_turn_by_turn_for_todays_code_only(tmp_path, monkeypatch):
+def test_speeds_are_kept_turn_by_turn_for_todays_options_only(tmp_path, monkeypatch):
     row = {"name": "x", "script": "ppo", "env": "CartPole-v1", "steps": 1, "options": ""}
     asked, failing = [], []
 
@@ -243,15 +245,18 @@ def test_speeds_are_kept_turn_by_turn_for_todays_code_only(tmp_path, monkeypatch
     monkeypatch.setattr(speed, "commit", lambda *files: "now")
     failing.append(2)
     assert speed.measure("") == 1 and asked == [1, 2]
-    assert speed.texts()[2] == ["1 of 1 rows are not measured yet."]
+    named = "Measured on commits now; scripts of later commits can differ in speed."
+    assert speed.texts()[2] == ["1 of 1 rows are not measured yet.", "", named]
     failing.clear()
     assert speed.measure("y") == 0 and speed.measure("x") == 0 and asked == [1, 2, 2, 3]
-    assert speed.texts()[2][-1] == "| x | 2 (1 to 3) | 2 (2 to 2) | 1.00 (0.50 to 1.50) |  |"
+    assert speed.texts()[2][-3] == "| x | 2 (1 to 3) | 2 (2 to 2) | 1.00 (0.50 to 1.50) |  |"
     row["goal"] = "a goal changes nothing that was measured"
     row["at_least"] = {"ratio": 1.1}
-    assert speed.texts()[2][-1].endswith("measured: **missed** |")
+    assert speed.texts()[2][-3].endswith("measured: **missed** |")
+    row["at_least"] |= {"a": 2}
+    assert speed.texts()[2][-3].endswith("measured: **ratio missed** |")
     row["steps"] = 2
-    assert speed.texts()[2] == ["1 of 1 rows are not measured yet."]
+    assert speed.texts()[2] == ["1 of 1 rows are not measured yet.", "", named]
 
 
 def test_statistics_by_hand():
@@ -275,19 +280,57 @@ def test_curves_as_text():
     assert runner.curve(np.array([5, 5]), np.array([1.0, 2.0])) == "5:2"  # the later of two
 
 
-@pytest.mark.parametrize(("final", "stands"), [("9.0", True), ("9.1", False)])
-def test_results_stand_after_a_change_only_if_a_seed_comes_out_the_same(
-    tmp_path, monkeypatch, final, stands
+@pytest.mark.parametrize(
+    ("today", "stands"),
+    [
+        ({".policy.w": "1", ".env_steps": "9"}, True),
+        ({".policy.w": "1"}, True),  # what is no longer saved decides nothing
+        ({".policy.w": "2", ".env_steps": "9"}, False),
+        ({".policy.w": "1", ".policy.b": "1", ".env_steps": "9"}, False),
+    ],
+)
+def test_results_stand_after_a_change_only_if_short_runs_learn_the_same(
+    tmp_path, monkeypatch, today, stands
 ):
     monkeypatch.setattr(returns, "RESULTS", tmp_path / "returns.csv")
+    monkeypatch.setattr(returns, "CONFIRMED", tmp_path / "confirmed.csv")
     monkeypatch.setattr(returns, "rows", lambda _: [ROW])
+    monkeypatch.setattr(returns, "commit", lambda *files: "b")
+    for line in lines(["9.0", "8.0", "7.0"]):
+        runner.append(returns.RESULTS, line | {"commit": "a"})
+    compared = []
+
+    def learned(script, options, stands_on):
+        compared.append(stands_on)
+        return today if stands_on == "HEAD" else {".policy.w": "1", ".env_steps": "9"}
+
+    monkeypatch.setattr(returns, "learned", learned)
+    monkeypatch.setattr(returns, "row_sha", lambda row, peer=False: "now")
+    assert not returns.stale(ROW, runner.read(returns.RESULTS))
     monkeypatch.setattr(returns, "row_sha", lambda row, peer=False: "later")
-    for line in lines(["9.0", "8.0"]):
-        runner.append(returns.RESULTS, line | {"std": "0.0"})
-    new = {"final": final, "std": "0.0", "env_steps": "100", "curve": "100:0"}
-    monkeypatch.setattr(returns, "run_ours", lambda row, seed, folder: new)
-    returns.confirm(ALL)
-    assert {line["sha"] for line in runner.read(returns.RESULTS)} == {"later" if stands else "now"}
+    before = returns.RESULTS.read_text()
+    assert returns.stale(ROW, runner.read(returns.RESULTS))
+    for _ in range(2):  # asked once
+        returns.confirm(ALL)
+    assert compared == ["a", "HEAD"] and returns.RESULTS.read_text() == before
+    assert returns.stale(ROW, runner.read(returns.RESULTS)) != stands
+    monkeypatch.setattr(returns, "row_sha", lambda row, peer=False: "later still")
+    assert returns.stale(ROW, runner.read(returns.RESULTS))
+
+
+def test_what_a_run_learned_is_all_that_its_checkpoint_holds(monkeypatch):
+    def execute(script, options, run_dir, folder):
+        assert pathlib.Path(folder, f"{script}.py").read_text() == "source"
+        os.mkdir(run_dir)
+        state = {"w": torch.ones(2), "steps": [torch.zeros(1), 3]}
+        checkpoint = {"policy": state, "env_steps": 9, "args": {"seed": 101}}
+        torch.save(checkpoint, f"{run_dir}/checkpoint.pt")
+
+    monkeypatch.setattr(returns, "execute", execute)
+    monkeypatch.setattr(returns.subprocess, "check_output", lambda *a, **k: b"source")
+    found = returns.learned("ppo", "", "a")
+    assert found.keys() == {".policy.w", ".policy.steps.0", ".policy.steps.1", ".env_steps"}
+    assert found[".policy.w"] != found[".policy.steps.0"] and found[".env_steps"] == "9"
 
 
 def test_an_interrupted_run_goes_on_from_its_checkpoint(tmp_path, monkeypatch):
