@@ -47,7 +47,9 @@ def environment(name, results, curves):
         axes.axhspan(row["reference"] - row["tolerance"], row["reference"], color="0.85", zorder=0)
         if row["metric"] == "greedy":
             axes.plot(row["steps"], result["values"].mean(), "o", color=COLORS[row["script"]], ms=4)
-        axes.set_title(row["script"], fontsize=10)
+        twice = sum(other["row"]["script"] == row["script"] for other in results) > 1
+        steps = f", {EngFormatter(sep='')(row['steps'])} steps" if twice else ""
+        axes.set_title(row["script"] + steps, fontsize=10)
         axes.set_xlim(0)
         steps_axis(axes)
     figure.supxlabel("environment steps", fontsize=10)

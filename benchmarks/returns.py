@@ -296,9 +296,18 @@ def judge(row, table):
         return out | {"verdict": f"unfinished, {len(mine)} of {wanted}"}
     values = metric(row, mine)
     low, high = interval(values)
-    bar = row["reference"] - row["tolerance"]
-    verdict = "reached" if low >= bar else "below" if high < bar else "level"
-    return out | {"values": values, "low": low, "high": high, "verdict": verdict}
+    return out | {"values": values, "low": low, "high": high, "verdict": verdict(row, values)}
+
+
+def bar(row):
+    """What a row is to reach."""
+    return row["reference"] - row["tolerance"]
+
+
+def verdict(row, values):
+    """Where the 95% interval of the mean lies."""
+    low, high = interval(values)
+    return "reached" if low >= bar(row) else "below" if high < bar(row) else "level"
 
 
 def score(row, values):
@@ -385,17 +394,18 @@ HEADS = (
 def row_text(result):
     """The line of a row that was run, in benchmarks/README.md."""
     row, values, lines = result["row"], result["values"], result["lines"]
-    verdict = "; ".join(filter(None, [result["verdict"], row.get("options"), row.get("remark")]))
+    said = "; ".join(filter(None, [result["verdict"], row.get("options"), row.get("remark")]))
     final = np.mean([float(line["final"]) for line in lines])
     minutes = np.median([float(line["seconds"]) for line in lines]) / 60
-    cells = [row["script"], row["env"], verdict, reference(row), f"{row['tolerance']:,}"]
+    cells = [row["script"], row["env"], said, reference(row), f"{row['tolerance']:,}"]
     cells += [number(values.mean()), f"{number(result['low'])} to {number(result['high'])}"]
-    there = (values >= row["reference"] - row["tolerance"]).sum()
+    there = (values >= bar(row)).sum()
     cells += [f"{there} of {len(values)}", number(final), row["metric"], f"{row['steps']:,}"]
     cells += [f"{seeds(row)[0]} to {seeds(row)[-1]}", result["attempts"], f"{minutes:.1f}"]
     if len(result["peer"]):
         chance = better(values[: len(result["peer"])], result["peer"])
-        cells += [number(result["peer"].mean()), f"{chance:.2f}"]
+        theirs = f"{number(result['peer'].mean())}, {verdict(row, result['peer'])}"
+        cells += [theirs, f"{chance:.2f}"]
     else:
         cells += ["", ""]
     return f"| {' | '.join(map(str, cells))} |"
@@ -413,16 +423,23 @@ def open_text(result, table):
 
 def aggregates(results):
     """Lines on all rows at once: interquartile means, and the probability of improvement."""
-    lines = []
+    ran = [result for result in results if len(result["values"])]
+    single = sum("ZOO" in result["row"]["source"] for result in ran)
+    level = [result for result in ran if result["verdict"] == "level"]
+    lower = [r for r in level if r["values"].mean() < bar(r["row"])]
+    lines = [
+        f"Of these {len(ran)} references {single} are rl-zoo's, each of a single run. Level is "
+        f"undecided: our mean is below the bar in {len(lower)} of the {len(level)} level rows "
+        f"({names(lower)}), and above it in the others."
+    ]
     whole = [result for result in results if len(result["values"]) >= FIVE]
     short = [result for result in results if 0 < len(result["values"]) < FIVE]
     if whole:
         ours = np.array([score(r["row"], r["values"][:FIVE]) for r in whole])
-        names = [f"{r['row']['script']} {r['row']['env']} ({r['verdict']})" for r in short]
         half = middle(ours)
         lines += [
             f"Scores of the {len(ours)} rows with five seeds or more, the first five of each "
-            f"(left out: {', '.join(names) or 'none'}): "
+            f"(left out: {names(short, verdicts=True)}): "
             f"interquartile mean {with_interval(interquartile_mean, ours)}, which leaves out the "
             f"best and the worst quarter of all runs, and says little where many can get no more "
             f"than the reference: {np.isclose(half, 1).sum()} of these {half.size} scores are 1. "
@@ -433,23 +450,46 @@ def aggregates(results):
         lines += ["stable-baselines3 has not been run yet."]
     both = [result for result in whole if len(result["peer"]) == FIVE]
     if both:
-        ours = np.array([score(r["row"], r["values"][:FIVE]) for r in both])
-        theirs = np.array([score(r["row"], r["peer"]) for r in both])
-        parts = [
-            f"{name} {with_interval(interquartile_mean, scores)} and {with_interval(np.mean, scores)}"
-            for name, scores in (("ours", ours), ("stable-baselines3", theirs))
-        ]
-        chance = with_interval(mean_better, ours, theirs, digits=2)
-        count = sum("peer" in result["row"] for result in whole)
-        all_seeds = np.mean([score(r["row"], r["values"]).mean() for r in both])
-        all_chance = np.mean([better(r["values"], r["peer"]) for r in both])
-        lines += [
-            f"Scores of the first five seeds on {len(both)} rows, of {count} for which rl-zoo has "
-            f"settings, interquartile mean and mean: {'; '.join(parts)}. A run of ours returns "
-            f"more than one of the peer's with probability {chance}, the mean over these rows. With "
-            f"all of our seeds our mean is {all_seeds:.3f} and the probability {all_chance:.2f}."
-        ]
+        missing = [r for r in ran if "peer" in r["row"] and not len(r["peer"])]
+        lines += beside_the_peer(both, missing)
     return lines
+
+
+def names(results, verdicts=False):
+    """The rows as text, with what was found of them."""
+    found = [
+        f"{r['row']['script']} {r['row']['env']}" + f" ({r['verdict']})" * verdicts for r in results
+    ]
+    return ", ".join(found) or "none"
+
+
+def beside_the_peer(both, missing):
+    """Lines on the rows that the peer has run too."""
+    ours = np.array([score(r["row"], r["values"][:FIVE]) for r in both])
+    theirs = np.array([score(r["row"], r["peer"]) for r in both])
+    parts = [
+        f"{name} {with_interval(interquartile_mean, scores)} and {with_interval(np.mean, scores)}"
+        for name, scores in (("ours", ours), ("stable-baselines3", theirs))
+    ]
+    chance = with_interval(mean_better, ours, theirs, digits=2)
+    every = np.array([score(r["row"], r["values"]).mean() for r in both])  # with all our seeds
+    every_chance = np.mean([better(r["values"], r["peer"]) for r in both])
+    counts = [
+        f"{[verdict(r['row'], r['peer']) for r in both].count(name)} {name}" for name in VERDICTS
+    ]
+    most = np.abs((ours - theirs).mean(1)).argmax()
+    rest = np.arange(len(both)) != most
+    return [
+        f"Scores of the first five seeds on {len(both)} rows, interquartile mean and mean: "
+        f"{'; '.join(parts)}. By the rule of our verdicts stable-baselines3's rows are "
+        f"{', '.join(counts)}. A run of ours returns more than one of the peer's with probability "
+        f"{chance}, the mean over these rows. With all of our seeds our mean is {every.mean():.3f} "
+        f"and the probability {every_chance:.2f}. The two differ most on {names([both[most]])}; "
+        f"without this row the means are {ours[rest].mean():.3f} (with all our seeds "
+        f"{every[rest].mean():.3f}) and {theirs[rest].mean():.3f}. rl-zoo has settings for "
+        f"{len(missing)} more of the rows that we ran, which the peer has not run, or not on all "
+        f"its seeds: {names(missing)}."
+    ]
 
 
 def texts():
