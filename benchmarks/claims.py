@@ -3,6 +3,7 @@
     python benchmarks/claims.py                    runs that are missing; call it again to continue
     python benchmarks/claims.py --only twin        claims whose name contains twin
     python benchmarks/claims.py --alone            those about time on the clock, one run at a time
+    python benchmarks/claims.py --confirm          keeps runs whose script has changed and learns the same
     python benchmarks/claims.py --report           claims.md and its pictures; runs nothing
 
 A run is a command line and a seed, and is kept in results/claims.csv, where claims share it. Seeds
@@ -30,6 +31,7 @@ from runner import (
     T,
     append,
     commit,
+    compare,
     curve,
     execute,
     machine,
@@ -38,6 +40,7 @@ from runner import (
     scalars,
     sha,
     side_by_side,
+    stands,
     write,
     write_between,
 )
@@ -232,7 +235,7 @@ def fits(line, need):
     changed = line["change"] == need["change"] or not need["change"]
     alone = line["alone"] == "True" or not need["alone"]
     bias = bool(line["bias"]) or not need["bias"]
-    same = line["sha"] == sha(script, options)
+    same = stands(line["run"], line["sha"], sha(script, options))
     return same and tags >= need["tags"] and changed and alone and bias
 
 
@@ -310,6 +313,15 @@ def run_missing(arguments):
     ]
     print(f"{len(jobs)} runs to do", flush=True)
     side_by_side(run, jobs, 1 if arguments.alone else arguments.jobs)
+
+
+def confirm():
+    """Compare what made each run with today's script, in a short run; see runner.py."""
+    table = read(RESULTS)
+    commit(*{f"{line['run'].split()[0]}.py" for line in table})
+    for command, made, stands_on in sorted({(x["run"], x["sha"], x["commit"]) for x in table}):
+        script, _, options = command.partition(" ")
+        compare(command, options, made, sha(script, options), stands_on)
 
 
 # Report -------------------------------------------------------------------------------------------
@@ -500,10 +512,16 @@ def main():
     parser.add_argument("--only", default="", help="claims whose name contains this")
     parser.add_argument("--jobs", type=int, default=2, help="runs side by side")
     parser.add_argument("--alone", action="store_true", help="those about the clock, one at a time")
+    parser.add_argument(
+        "--confirm", action="store_true", help="keep runs that a change of the script left alone"
+    )
     parser.add_argument("--report", action="store_true", help="write claims.md; run nothing")
     arguments = parser.parse_args()
     try:
-        report() if arguments.report else run_missing(arguments)
+        if arguments.confirm:
+            confirm()
+        else:
+            report() if arguments.report else run_missing(arguments)
     except RuntimeError as error:
         sys.exit(str(error))
 

@@ -19,24 +19,21 @@ was compared is in results/confirmed.csv.
 """
 
 import argparse
-import hashlib
 import os
-import pathlib
 import re
 import subprocess
 import sys
-import tempfile
 import time
 import tomllib
 
 import gymnasium as gym
 import numpy as np
-import torch
 from runner import (
     HERE,
     ROOT,
     append,
     commit,
+    compare,
     curve,
     execute,
     interval,
@@ -46,14 +43,11 @@ from runner import (
     scalars,
     sha,
     side_by_side,
+    stands,
     write_between,
 )
 
 RESULTS = HERE / "results/returns.csv"
-CONFIRMED = HERE / "results/confirmed.csv"
-NAMES = "script", "env", "steps", "sha", "now"  # that a line of it is about
-SHORT = dict.fromkeys(("ddpg", "td3", "sac"), "--total-timesteps 800 --burn-in 300")
-SHORT["a3c"] = "--total-timesteps 3000 --workers 1"  # with more no run is like another
 TABLE = tomllib.loads((HERE / "returns.toml").read_text(encoding="utf-8"))
 EVALUATIONS = 20  # during training, of ten episodes each
 FIVE = 5  # seeds of a row that the peer runs, and that the means over rows are of
@@ -163,16 +157,9 @@ def run_peer(row, seed):
 
 
 def stale(row, table, peer=False):
-    """Whether the row has results, and some of other code or options than today's.
-
-    Those that --confirm has found to be the same are not.
-    """
-    now = row_sha(row, peer)
-    same = {tuple(line[x] for x in NAMES) for line in read(CONFIRMED) if line["same"] == "yes"}
-    return any(
-        line["sha"] != now and (*key(row, peer), line["sha"], now) not in same
-        for line in lines_of(row, table, peer)
-    )
+    """Whether the row has results, and some of other code or options than today's."""
+    name, now = " ".join(key(row, peer)), row_sha(row, peer)
+    return any(not stands(name, line["sha"], now) for line in lines_of(row, table, peer))
 
 
 def run_missing(arguments):
@@ -201,52 +188,12 @@ def run_missing(arguments):
 
 
 def confirm(arguments):
-    """Compare what made the results of each stale row with today's script, in short runs.
-
-    They are the same if all that today's checkpoint holds is in the other one too, bit for bit.
-    """
+    """Compare what made the results of each stale row with today's script, in short runs."""
     commit(*{f"{row['script']}.py" for row in rows(arguments)})
     for row in rows(arguments):
-        now, table = row_sha(row), read(RESULTS)
-        asked = {tuple(line[x] for x in NAMES) for line in read(CONFIRMED)}
-        for made, stands_on in sorted({(x["sha"], x["commit"]) for x in lines_of(row, table)}):
-            if made == now or (*key(row), made, now) in asked:
-                continue
-            short = SHORT.get(row["script"], "--total-timesteps 3000")
-            options = f"--env-id {row['env']} {row.get('options', '')} {short}"
-            options = " ".join(f"{options} --eval-episodes 1 --seed 101".split())
-            then, today = (learned(row["script"], options, x) for x in (stands_on, "HEAD"))
-            same = today.items() <= then.items()
-            names = dict(zip(NAMES, (*key(row), made, now), strict=True))
-            names |= {"commit": stands_on, "same": "yes" if same else "no", "options": options}
-            append(CONFIRMED, names)
-            print(f"{' '.join(key(row))} of {stands_on}, the same: {names['same']}", flush=True)
-
-
-def learned(script, options, stands_on):
-    """What the script of a commit has in its checkpoint after a run: name -> text, its options aside.
-
-    The text of a tensor is a hash of its bytes.
-    """
-    with tempfile.TemporaryDirectory() as folder:
-        source = subprocess.check_output(["git", "show", f"{stands_on}:{script}.py"], cwd=ROOT)
-        pathlib.Path(folder, f"{script}.py").write_bytes(source)
-        execute(script, options, f"{folder}/run", folder)
-        checkpoint = torch.load(f"{folder}/run/checkpoint.pt", weights_only=True)
-    del checkpoint["args"]
-    found = {}
-
-    def add(name, x):
-        if isinstance(x, dict | list | tuple):
-            for part, value in x.items() if isinstance(x, dict) else enumerate(x):
-                add(f"{name}.{part}", value)
-        elif isinstance(x, torch.Tensor):
-            found[name] = hashlib.sha256(x.numpy().tobytes()).hexdigest()
-        else:
-            found[name] = str(x)
-
-    add("", checkpoint)
-    return found
+        lines = lines_of(row, read(RESULTS))
+        for made, stands_on in sorted({(line["sha"], line["commit"]) for line in lines}):
+            compare(" ".join(key(row)), command(row), made, row_sha(row), stands_on)
 
 
 def random_play(env_id, episodes=50):

@@ -11,14 +11,19 @@ import re
 import shlex
 import subprocess
 import sys
+import tempfile
 import threading
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from importlib.metadata import version
 
 import numpy as np
+import torch
 
 HERE = pathlib.Path(__file__).resolve().parent
 ROOT = HERE.parent
+CONFIRMED = HERE / "results/confirmed.csv"
+SHORT = dict.fromkeys(("ddpg", "td3", "sac"), "--total-timesteps 800 --burn-in 300")
+SHORT["a3c"] = "--total-timesteps 3000 --workers 1"  # with more no run is like another
 COLORS = dict(  # of a script in every plot
     reinforce="black",
     a2c="tab:blue",
@@ -176,6 +181,58 @@ def sha(script, options):
     source = (ROOT / f"{script}.py").read_text(encoding="utf-8")
     given = tuple(name.replace("-", "_") for name in re.findall(r"--(\S+)", options))
     return hashlib.sha256(f"{syntax(source, given)} {options}".encode()).hexdigest()[:12]
+
+
+def stands(run, made, now):
+    """Whether results of the code with one hash are also those of the code with another."""
+    return made == now or (run, made, now, "yes") in {
+        (line["run"], line["sha"], line["now"], line["same"]) for line in read(CONFIRMED)
+    }
+
+
+def compare(run, options, made, now, stands_on):
+    """Compare the script of an earlier commit with today's, in a short run; keep what was found.
+
+    run names the results, the script first, made and now are the hashes of their code. They are the
+    same if all that today's checkpoint holds is in the other one too, bit for bit.
+    """
+    asked = {(line["run"], line["sha"], line["now"]) for line in read(CONFIRMED)}
+    if made == now or (run, made, now) in asked:
+        return
+    script = run.split()[0]
+    kept = re.sub(r"--(total-timesteps|eval-episodes|eval-every) \S+ ?", "", options)
+    short = SHORT.get(script, "--total-timesteps 3000")
+    options = f"{kept.strip()} {short} --eval-episodes 1 --seed 101"
+    then, today = (learned(script, options, commit) for commit in (stands_on, "HEAD"))
+    found = {"same": "yes" if today.items() <= then.items() else "no", "options": options}
+    append(CONFIRMED, {"run": run, "sha": made, "now": now, "commit": stands_on} | found)
+    print(f"{run} of {stands_on}, the same: {found['same']}", flush=True)
+
+
+def learned(script, options, stands_on):
+    """What the script of a commit has in its checkpoint after a run: name -> text, its options aside.
+
+    The text of a tensor is a hash of its bytes.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        source = subprocess.check_output(["git", "show", f"{stands_on}:{script}.py"], cwd=ROOT)
+        pathlib.Path(folder, f"{script}.py").write_bytes(source)
+        execute(script, options, f"{folder}/run", folder)
+        checkpoint = torch.load(f"{folder}/run/checkpoint.pt", weights_only=True)
+    del checkpoint["args"]
+    found = {}
+
+    def add(name, x):
+        if isinstance(x, dict | list | tuple):
+            for part, value in x.items() if isinstance(x, dict) else enumerate(x):
+                add(f"{name}.{part}", value)
+        elif isinstance(x, torch.Tensor):
+            found[name] = hashlib.sha256(x.numpy().tobytes()).hexdigest()
+        else:
+            found[name] = str(x)
+
+    add("", checkpoint)
+    return found
 
 
 def interval(values):

@@ -293,7 +293,7 @@ def test_results_stand_after_a_change_only_if_short_runs_learn_the_same(
     tmp_path, monkeypatch, today, stands
 ):
     monkeypatch.setattr(returns, "RESULTS", tmp_path / "returns.csv")
-    monkeypatch.setattr(returns, "CONFIRMED", tmp_path / "confirmed.csv")
+    monkeypatch.setattr(runner, "CONFIRMED", tmp_path / "confirmed.csv")
     monkeypatch.setattr(returns, "rows", lambda _: [ROW])
     monkeypatch.setattr(returns, "commit", lambda *files: "b")
     for line in lines(["9.0", "8.0", "7.0"]):
@@ -301,10 +301,11 @@ def test_results_stand_after_a_change_only_if_short_runs_learn_the_same(
     compared = []
 
     def learned(script, options, stands_on):
+        assert options == "--env-id CartPole-v1 --total-timesteps 3000 --eval-episodes 1 --seed 101"
         compared.append(stands_on)
         return today if stands_on == "HEAD" else {".policy.w": "1", ".env_steps": "9"}
 
-    monkeypatch.setattr(returns, "learned", learned)
+    monkeypatch.setattr(runner, "learned", learned)
     monkeypatch.setattr(returns, "row_sha", lambda row, peer=False: "now")
     assert not returns.stale(ROW, runner.read(returns.RESULTS))
     monkeypatch.setattr(returns, "row_sha", lambda row, peer=False: "later")
@@ -326,9 +327,9 @@ def test_what_a_run_learned_is_all_that_its_checkpoint_holds(monkeypatch):
         checkpoint = {"policy": state, "env_steps": 9, "args": {"seed": 101}}
         torch.save(checkpoint, f"{run_dir}/checkpoint.pt")
 
-    monkeypatch.setattr(returns, "execute", execute)
-    monkeypatch.setattr(returns.subprocess, "check_output", lambda *a, **k: b"source")
-    found = returns.learned("ppo", "", "a")
+    monkeypatch.setattr(runner, "execute", execute)
+    monkeypatch.setattr(runner.subprocess, "check_output", lambda *a, **k: b"source")
+    found = runner.learned("ppo", "", "a")
     assert found.keys() == {".policy.w", ".policy.steps.0", ".policy.steps.1", ".env_steps"}
     assert found[".policy.w"] != found[".policy.steps.0"] and found[".env_steps"] == "9"
 
