@@ -424,15 +424,15 @@ def beside_the_peer(both, missing):
     counts = [
         f"{[verdict(r['row'], r['peer']) for r in both].count(name)} {name}" for name in VERDICTS
     ]
-    most = np.abs((ours - theirs).mean(1)).argmax()
-    rest = np.arange(len(both)) != most
+    order = np.abs((ours - theirs).mean(1)).argsort()
+    rest, most = order[:-2], [both[i] for i in order[:-3:-1]]
     return [
         f"Scores of the first five seeds on {len(both)} rows, interquartile mean and mean: "
         f"{'; '.join(parts)}. By the rule of our verdicts stable-baselines3's rows are "
         f"{', '.join(counts)}. A run of ours returns more than one of the peer's with probability "
         f"{chance}, the mean over these rows. With all of our seeds our mean is {every.mean():.3f} "
-        f"and the probability {every_chance:.2f}. The two differ most on {names([both[most]])}; "
-        f"without this row the means are {ours[rest].mean():.3f} (with all our seeds "
+        f"and the probability {every_chance:.2f}. The two differ most on {names(most)}; without "
+        f"these rows the means are {ours[rest].mean():.3f} (with all our seeds "
         f"{every[rest].mean():.3f}) and {theirs[rest].mean():.3f}. rl-zoo has settings for "
         f"{len(missing)} more of the rows that we ran, which the peer has not run, or not on all "
         f"its seeds: {names(missing)}."
