@@ -13,9 +13,9 @@ an interrupted run of ours too, from its last checkpoint.
 The rules, which this file keeps: a row runs on the seeds that returns.toml gives it, on a committed
 script. A result belongs to the code that decides it and to the row's options (column sha, see
 runner.py); with others it is stale, and the row needs a block of seeds that nobody has seen (block
-= 211), unless --confirm finds that the change left the computation alone: a short run of the script
-that made the result, out of its commit, and one of today's learn the same weights, bit for bit. What
-was compared is in results/confirmed.csv.
+= 211), unless --confirm finds that the change left the computation alone: in a short run today's
+script learns the same weights, bit for bit, as the script in the commit of the result. What was
+compared is in results/confirmed.csv.
 """
 
 import argparse
